@@ -1,0 +1,100 @@
+"""The envelope of every JSON record: its digest first, then the record itself, checked before it is parsed.
+
+A stored record is these bytes, without any other white space before the body::
+
+    {"digest":"xxh3-128:<32 hex digits>","record":<body>}\\n
+
+The prefix has a fixed length, so the body's bytes can be cut out and hashed without parsing anything.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TypeVar
+
+import msgspec
+
+from ckptmgr.errors import CorruptCheckpointError, FormatVersionError
+from ckptmgr.format.digest import ALGORITHM, block_digests, combined_digest
+
+__all__ = ["FORMAT_VERSION", "MAX_MANIFEST_NBYTES", "MAX_RECORD_NBYTES", "decode_record", "encode_record", "parse_json"]
+
+FORMAT_VERSION = 1
+MAX_RECORD_NBYTES = 1024 * 1024
+MAX_MANIFEST_NBYTES = 64 * 1024 * 1024
+
+_HEAD = f'{{"digest":"{ALGORITHM}:'.encode()
+_NECK = b'","record":'
+_TAIL = b"}\n"
+_BODY_START = len(_HEAD) + 32 + len(_NECK)
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def encode_record(record: msgspec.Struct) -> bytes:
+    """Return the stored bytes of a record."""
+    body = msgspec.json.encode(record)
+    return b"".join((_HEAD, combined_digest(block_digests(body)).encode(), _NECK, body, _TAIL))
+
+
+def decode_record(data: bytes, kind: type[T], *, where: str, max_nbytes: int = MAX_RECORD_NBYTES) -> T:
+    """Check the digest of a stored record, then parse it strictly.
+
+    Args:
+        data: All bytes of the stored object.
+        kind: The record's class.
+        where: Name of the object, for messages.
+        max_nbytes: A larger record is refused.
+
+    Raises:
+        CorruptCheckpointError: Truncated, altered, or not a record of this kind.
+        FormatVersionError: Whole, but written by a newer format.
+    """
+    if len(data) > max_nbytes:
+        raise _corrupt(where, f"it is {len(data)} bytes long; a record of this kind has at most {max_nbytes}")
+    if not (data.startswith(_HEAD) and data[_BODY_START - len(_NECK) : _BODY_START] == _NECK and data.endswith(_TAIL)):
+        raise _corrupt(where, "it does not have the frame of a record; it is truncated or something else")
+    body = data[_BODY_START : -len(_TAIL)]
+    if combined_digest(block_digests(body)).encode() != data[len(_HEAD) : _BODY_START - len(_NECK)]:
+        raise _corrupt(where, "its content does not match its digest")
+    value = parse_json(body, where=where)
+    version = value.get("version") if isinstance(value, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{where} is of format version {version}",
+            why=f"this ckptmgr reads versions up to {FORMAT_VERSION}",
+            next="upgrade: pip install --upgrade ckptmgr",
+        )
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise _corrupt(where, f"a field is not as the format says: {error}") from error
+
+
+def parse_json(text: bytes, *, where: str) -> Any:
+    """Parse JSON, refusing what lenient parsers let pass: duplicate keys, NaN, endless nesting, huge numbers.
+
+    Raises:
+        CorruptCheckpointError: The text is not strict JSON.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise _corrupt(where, f"it is not strict JSON: {error}") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return unique
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _corrupt(where: str, why: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"{where} is damaged", why=why, next="`ckptmgr verify` on the run lists what is intact; resume falls back to it"
+    )
