@@ -1,0 +1,203 @@
+"""When to save: pure functions of a moment of training. The clock, the signals and the counters are the caller's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Protocol, runtime_checkable
+
+from ckptmgr.errors import UsageError
+from ckptmgr.policy.arguments import Mode, check_metric, check_mode, is_better, whole_number
+
+__all__ = [
+    "AnyOf",
+    "EveryEpochs",
+    "EverySeconds",
+    "EverySteps",
+    "MetricSpan",
+    "Moment",
+    "OnException",
+    "OnImprovement",
+    "OnSignal",
+    "Trigger",
+    "widen_spans",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpan:
+    """The lowest and the highest value that a metric had at a save. Never NaN."""
+
+    lowest: float
+    highest: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """What a trigger may know.
+
+    Attributes:
+        step: Optimizer updates completed.
+        epoch: Index of the epoch under way or just ended, from 0; None where the loop does not count epochs.
+        is_epoch_end: The last batch of ``epoch`` has been trained.
+        last_saved_step: Step of the newest save, or of the checkpoint that training continues; 0 on a fresh run.
+        seconds_since_save: On a monotonic clock, since the newest save or since the start. In seconds.
+        metrics: Values known now, by name. A name may be absent, a value may be NaN.
+        seen: Span of every metric over the saves of this line so far; see `widen_spans`.
+        signalled: The process was told to stop.
+        failed: An exception is leaving the training loop.
+    """
+
+    step: int
+    epoch: int | None = None
+    is_epoch_end: bool = False
+    last_saved_step: int = 0
+    seconds_since_save: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    seen: Mapping[str, MetricSpan] = field(default_factory=dict)
+    signalled: bool = False
+    failed: bool = False
+
+
+@runtime_checkable
+class Trigger(Protocol):
+    """Decides whether a moment is worth a save.
+
+    A trigger keeps nothing between calls, so that it decides after a resume as it would have decided before the kill.
+    It need not mind that a step was saved already: who asks does.
+    """
+
+    def reason_to_save(self, moment: Moment) -> str | None:
+        """Return why to save now, in a few words for `ckptmgr ls`, or None."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EverySteps:
+    """Save whenever training has passed a multiple of ``n`` steps since the newest save.
+
+    Passed, not hit: a loop that reports every second step, or a resume in between, must not skip a save.
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "n", whole_number(self.n, of="EverySteps(n)", unit="steps"))
+
+    def reason_to_save(self, moment: Moment) -> str | None:
+        is_due = moment.step // self.n > moment.last_saved_step // self.n
+        return f"every {self.n} steps" if is_due else None
+
+
+@dataclass(frozen=True, slots=True)
+class EveryEpochs:
+    """Save at the end of every ``n``-th epoch: with ``n=2`` after the second, the fourth, and so on."""
+
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "n", whole_number(self.n, of="EveryEpochs(n)", unit="epochs"))
+
+    def reason_to_save(self, moment: Moment) -> str | None:
+        if not moment.is_epoch_end or moment.epoch is None or (moment.epoch + 1) % self.n:
+            return None
+        return "epoch end" if self.n == 1 else f"every {self.n} epochs"
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class EverySeconds:
+    """Save when the newest save is at least this old, so that a kill costs a bounded time."""
+
+    seconds: float
+
+    def __init__(self, seconds: float | timedelta) -> None:
+        value = seconds.total_seconds() if isinstance(seconds, timedelta) else seconds
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise UsageError(
+                f"EverySeconds(seconds) was given {seconds!r}",
+                why="an interval is a positive, finite number of seconds, or a timedelta",
+                next="give for example 600, or timedelta(minutes=10)",
+            )
+        object.__setattr__(self, "seconds", float(value))
+
+    def reason_to_save(self, moment: Moment) -> str | None:
+        return f"every {self.seconds:g} s" if moment.seconds_since_save >= self.seconds else None
+
+
+@dataclass(frozen=True, slots=True)
+class OnImprovement:
+    """Save when a metric is strictly better than at every save before it. A missing or NaN metric is no improvement."""
+
+    metric: str
+    mode: Mode
+
+    def __post_init__(self) -> None:
+        check_metric(self.metric, of="OnImprovement(metric)")
+        check_mode(self.mode, of="OnImprovement(mode)")
+
+    def reason_to_save(self, moment: Moment) -> str | None:
+        value = moment.metrics.get(self.metric, math.nan)
+        if math.isnan(value):
+            return None
+        span = moment.seen.get(self.metric)
+        if span is None:
+            return f"first {self.metric}: {value:g}"
+        best = span.lowest if self.mode == "min" else span.highest
+        return f"best {self.metric}: {value:g}" if is_better(value, best, self.mode) else None
+
+
+@dataclass(frozen=True, slots=True)
+class OnSignal:
+    """Save when the process was told to stop (preemption, time limit, Ctrl-C where it is caught)."""
+
+    def reason_to_save(self, moment: Moment) -> str | None:
+        return "signal" if moment.signalled else None
+
+
+@dataclass(frozen=True, slots=True)
+class OnException:
+    """Save the last completed step when an exception ends the training."""
+
+    def reason_to_save(self, moment: Moment) -> str | None:
+        return "exception" if moment.failed else None
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class AnyOf:
+    """Save when any of several triggers says so; the first that does gives the reason."""
+
+    triggers: tuple[Trigger, ...]
+
+    def __init__(self, *triggers: Trigger) -> None:
+        for trigger in triggers:
+            # A class has the method too, but not bound: EverySteps instead of EverySteps(100) is an easy slip.
+            if isinstance(trigger, type) or not isinstance(trigger, Trigger):
+                raise UsageError(
+                    f"AnyOf was given {trigger!r}",
+                    why="it is not a trigger: a trigger is an object with a method reason_to_save(moment)",
+                    next="give triggers one by one, such as AnyOf(EverySteps(100), OnSignal())",
+                )
+        object.__setattr__(self, "triggers", triggers)
+
+    def reason_to_save(self, moment: Moment) -> str | None:
+        for trigger in self.triggers:
+            reason = trigger.reason_to_save(moment)
+            if reason is not None:
+                return reason
+        return None
+
+
+def widen_spans(seen: Mapping[str, MetricSpan], metrics: Mapping[str, float]) -> dict[str, MetricSpan]:
+    """Return the spans after one more save with these metrics. NaN widens nothing.
+
+    Fold it over the metrics of the checkpoints of a line, in any order, to get the ``seen`` of a `Moment`.
+    """
+    wider = dict(seen)
+    for name, value in metrics.items():
+        if math.isnan(value):
+            continue
+        span = wider.get(name, MetricSpan(value, value))
+        wider[name] = MetricSpan(min(span.lowest, value), max(span.highest, value))
+    return wider
