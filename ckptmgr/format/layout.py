@@ -28,7 +28,7 @@ CHECKPOINTS = "checkpoints/"
 MAX_STEP = 9_999_999_999
 
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
-_ID = re.compile(r"(\d{10})-(\d{6})-(\d{4})", re.ASCII)
+_ID = re.compile(r"(\d{10})-(\d{6})-(\d{6})", re.ASCII)
 _ATTEMPT_KEY = re.compile(r"attempts/(\d{6})/(claim|line|start|end)\.json", re.ASCII)
 _STEM = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}", re.ASCII)
 
@@ -45,7 +45,7 @@ class CheckpointId:
     save: int
 
     def __str__(self) -> str:
-        return f"{self.step:010d}-{self.attempt:06d}-{self.save:04d}"
+        return f"{self.step:010d}-{self.attempt:06d}-{self.save:06d}"
 
     @property
     def folder(self) -> str:
@@ -101,7 +101,7 @@ def manifest_key(checkpoint: CheckpointId) -> str:
 
 def note_key(checkpoint: CheckpointId, attempt: int, number: int) -> str:
     """Return the key of a record that an attempt adds beside a manifest after the commit."""
-    return f"{checkpoint.folder}note-{attempt:06d}-{number:04d}.json"
+    return f"{checkpoint.folder}note-{attempt:06d}-{number:06d}.json"
 
 
 def parse_checkpoint_key(key: str) -> tuple[CheckpointId, str] | None:

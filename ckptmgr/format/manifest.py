@@ -176,6 +176,8 @@ class Manifest(_Record, frozen=True):
     topology: Topology
     epoch: int | None = None
     metrics: dict[str, MetricValue] = {}
+    monitor: str | None = None
+    mode: Literal["min", "max"] | None = None
     tags: tuple[str, ...] = ()
     continues: Continuation | None = None
     environment: dict[str, str] = {}

@@ -79,8 +79,8 @@ def encode_tree(value: object, leaf: EncodeLeaf | None = None, *, path: Path = (
         raise UnsupportedStateError(
             f"{format_path(path)} is a {kind.__module__}.{kind.__qualname__}, which no handler can store",
             why="checkpoints hold tensors and plain values only, never pickled objects, so that they load anywhere",
-            next="give the object state_dict() and load_state_dict(), convert it to plain values, or register a handler: "
-            "ckptmgr.register_handler(...)",
+            next="give the object state_dict() and load_state_dict(), convert it to plain values, "
+            "or register a handler: ckptmgr.register_handler(...)",
         )
     return tagged
 

@@ -1,0 +1,70 @@
+"""Deleting checkpoints: manifest first, then only files that our own manifests named and no kept manifest refers to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError
+from ckptmgr.format.layout import CheckpointId, manifest_key
+from ckptmgr.format.manifest import Manifest
+from ckptmgr.run.catalog import Catalog
+
+__all__ = ["abandoned_tips", "collect_torn", "delete_checkpoints"]
+
+
+def delete_checkpoints(catalog: Catalog, drop: Iterable[CheckpointId]) -> None:
+    """Remove checkpoints. Killed anywhere, each of them is either whole or does not exist.
+
+    Args:
+        catalog: The run. Must be as new as the decision.
+        drop: What to remove. Only the newest attempt may ask for that, after its own commit is durable.
+    """
+    drop = set(drop)
+    kept_paths = {
+        file.path for manifest in _readable(catalog, set(catalog.committed) - drop) for file in manifest.files
+    }
+    for checkpoint in sorted(drop):
+        catalog.storage.delete(manifest_key(checkpoint))
+        for name in sorted(catalog.files_of(checkpoint) - {"manifest.json"}):
+            if checkpoint.folder + name not in kept_paths:
+                catalog.storage.delete(checkpoint.folder + name)
+
+
+def collect_torn(catalog: Catalog, attempt: int) -> None:
+    """Remove the files of saves that were cut off before their manifest.
+
+    Args:
+        catalog: The run.
+        attempt: The newest attempt, which this process owns. Older attempts can acknowledge nothing any more, so what
+            they left unfinished is nobody's; this attempt's own unfinished saves must have failed.
+    """
+    kept_paths = {file.path for manifest in _readable(catalog, catalog.committed) for file in manifest.files}
+    for checkpoint in catalog.torn:
+        if checkpoint.attempt <= attempt:
+            for name in sorted(catalog.files_of(checkpoint)):
+                if checkpoint.folder + name not in kept_paths:
+                    catalog.storage.delete(checkpoint.folder + name)
+
+
+def abandoned_tips(catalog: Catalog) -> dict[CheckpointId, str]:
+    """Return the newest checkpoint of each attempt that lies beside the line, with the reason to keep it.
+
+    Somebody who went back to an older step by mistake finds the abandoned end of the line again.
+    """
+    tips: dict[int, CheckpointId] = {}
+    for checkpoint in catalog.committed:
+        if not catalog.line.holds(checkpoint):
+            tips[checkpoint.attempt] = max(checkpoint, tips.get(checkpoint.attempt, checkpoint))
+    return {tip: f"newest of attempt {attempt}, which was abandoned" for attempt, tip in tips.items()}
+
+
+def _readable(catalog: Catalog, checkpoints: Iterable[CheckpointId]) -> list[Manifest]:
+    manifests = []
+    for checkpoint in checkpoints:
+        try:
+            manifests.append(catalog.manifest(checkpoint))
+        except (CorruptCheckpointError, CheckpointNotFoundError):
+            # Nothing can be restored by it. Any other failure (storage, a newer format) must stop the deletion: what
+            # such a manifest refers to is unknown.
+            continue
+    return manifests

@@ -1,0 +1,84 @@
+"""Reading one checkpoint: every byte that leaves this module has been checked against its digest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ckptmgr.errors import CorruptCheckpointError
+from ckptmgr.format.digest import block_digests, combined_digest
+from ckptmgr.format.manifest import FileRecord, Manifest, TensorRecord
+from ckptmgr.format.record import parse_json
+from ckptmgr.storage.protocol import Storage
+
+__all__ = ["CheckpointReader"]
+
+
+class CheckpointReader:
+    """Reads the tensors and the state documents of one committed checkpoint.
+
+    Args:
+        storage: The run's root.
+        manifest: The checkpoint's manifest, already checked.
+    """
+
+    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+        self.storage = storage
+        self.manifest = manifest
+
+    def read_tensor(self, record: TensorRecord, into: memoryview | None = None) -> memoryview:
+        """Return a tensor's stored bytes, row-major.
+
+        Args:
+            record: One of the manifest's tensors.
+            into: Writable buffer of exactly ``record.nbytes`` bytes; a fresh one by default. Holds unchecked bytes if
+                this raises, so it must not be a live object's memory.
+
+        Raises:
+            CorruptCheckpointError: The file is missing or short, or the bytes are not those that were written.
+        """
+        buffer = memoryview(bytearray(record.nbytes)) if into is None else into
+        file = self.manifest.files[record.file]
+        what = f"tensor {record.name!r} of {record.entry!r} in {file.path}"
+        try:
+            self.storage.readinto(file.path, buffer, start=record.offset)
+        except FileNotFoundError as error:
+            raise self._damaged(what, "the file is missing") from error
+        except EOFError as error:
+            raise self._damaged(what, "the file is truncated") from error
+        if block_digests(buffer).hex() != record.blocks:
+            raise self._damaged(what, "its bytes do not match their digests")
+        return buffer
+
+    def read_state(self, rank: int = 0) -> Any:
+        """Return a rank's state document, as parsed JSON.
+
+        Raises:
+            CorruptCheckpointError: It is missing, damaged, or not among the manifest's documents.
+        """
+        try:
+            file = self.manifest.files[self.manifest.states[rank]]
+        except IndexError as error:
+            raise self._damaged(f"the state document of rank {rank}", "the manifest lists none") from error
+        return parse_json(self.read_document(file), where=file.path)
+
+    def read_document(self, file: FileRecord) -> bytes:
+        """Return the bytes of a file that is no tensor file.
+
+        Raises:
+            CorruptCheckpointError: It is missing, or its bytes are not those that were written.
+        """
+        try:
+            data = self.storage.read(file.path)
+        except FileNotFoundError as error:
+            raise self._damaged(file.path, "the file is missing") from error
+        blocks = block_digests(data)
+        if len(data) != file.nbytes or blocks.hex() != file.blocks or combined_digest(blocks) != file.digest:
+            raise self._damaged(file.path, "its bytes do not match their digest")
+        return data
+
+    def _damaged(self, what: str, why: str) -> CorruptCheckpointError:
+        return CorruptCheckpointError(
+            f"{what} is damaged, in step {self.manifest.step} of {self.storage.url}",
+            why=why,
+            next=f"resume falls back to an intact checkpoint; `ckptmgr verify {self.storage.url}` lists the damage",
+        )
