@@ -23,8 +23,8 @@ class Entry:
 class Storage(Protocol):
     """Named, write-once objects under one root.
 
-    Keys are relative, use ``/``, and match the grammar of ``format.layout``. No operation overwrites or renames an object
-    that a reader could see. Every method raises `StorageError` where the storage fails for a reason of its own.
+    Keys are relative, use ``/``, and match the grammar of ``format.layout``. No operation overwrites or renames an
+    object that a reader could see. Every method raises `StorageError` where the storage fails for a reason of its own.
     """
 
     @property
@@ -59,7 +59,8 @@ class Storage(Protocol):
     def write(self, key: str, parts: Iterable[Buffer], *, exclusive: bool = False) -> None:
         """Store the concatenated parts. When this returns, the object is durable; until then nobody sees it.
 
-        ``parts`` is consumed once, in order, and only one part is held at a time. If it raises, nothing is stored.
+        ``parts`` is consumed in order, one part held at a time. A storage that retries iterates it again, so only what
+        can be iterated again (a list, not a generator) is ever retried. If it raises, nothing is stored.
 
         Args:
             key: Name of the object. Without ``exclusive`` the caller guarantees that it is unused.
