@@ -1,0 +1,288 @@
+"""State trees with tensors in them, to JSON and back.
+
+The tagged grammar of `format.tree` asks this module about what only torch, NumPy and OmegaConf know. In the document a
+tensor is a reference, ``{"$tensor": name}``, to a tensor of the same entry; its bytes go to the entry's safetensors
+file.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from ckptmgr.errors import CorruptCheckpointError, UnsupportedStateError
+from ckptmgr.format.manifest import TensorRecord
+from ckptmgr.format.tree import Path, decode_tree, encode_tree, format_path
+from ckptmgr.run.reader import CheckpointReader
+from ckptmgr.state.entry import CapturedEntry
+from ckptmgr.state.tensors import (
+    DTYPES,
+    STORED_DTYPES,
+    StoredTensor,
+    dtype_name,
+    memory_identity,
+    refuse_unstorable,
+    store_tensor,
+    tensor_from_bytes,
+)
+
+__all__ = ["INLINE_NBYTES", "EntryEncoder", "TensorOfName", "decode_entry", "load_entries"]
+
+TensorOfName: TypeAlias = Callable[[str], torch.Tensor]
+
+INLINE_NBYTES = 1024
+"""NumPy arrays up to this size stay in the document; larger ones are stored as tensors."""
+
+# Containers that handlers put at the top of their trees, and that say nothing in a tensor's name.
+_UNNAMED_LEVELS = ("tensors", "state")
+_NUMPY_DTYPES = {
+    np.dtype(dtype_name(dtype)) for dtype in STORED_DTYPES if not dtype_name(dtype).startswith(("bf", "float8"))
+}
+_COMPRESSED = {torch.sparse_csr: "csr", torch.sparse_csc: "csc", torch.sparse_bsr: "bsr", torch.sparse_bsc: "bsc"}
+_LAYOUTS = {name: layout for layout, name in _COMPRESSED.items()}
+
+
+class EntryEncoder:
+    """Encodes one entry: its tree becomes JSON, and its tensors a list of what to copy.
+
+    Args:
+        entry: The captured entry. Its tensors are looked at, not copied.
+
+    Attributes:
+        tree: The encoded tree.
+        tensors: What the tree refers to, each tensor once.
+
+    Raises:
+        UnsupportedStateError: A value that cannot be stored. Names its path and type.
+    """
+
+    def __init__(self, entry: CapturedEntry) -> None:
+        self.tensors: list[StoredTensor] = []
+        # Safetensors keeps this name for itself.
+        self._taken = {"__metadata__"}
+        self._by_identity: dict[object, StoredTensor] = {}
+        self._live: dict[str, torch.Tensor] = {}
+        self.tree = encode_tree(entry.tree, self._leaf, path=(entry.name,))
+
+    def live_tensor(self, name: str) -> torch.Tensor:
+        """Return the live tensor of a name in the tree; an empty one for a NumPy array."""
+        return self._live.get(name, torch.empty(0))
+
+    def _leaf(self, value: object, path: Path) -> dict[str, Any] | None:
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, path)
+        if isinstance(value, np.ndarray):
+            if type(value) is np.ndarray and value.dtype in _NUMPY_DTYPES and value.nbytes > INLINE_NBYTES:
+                return {"$array": self._array(value, path)}
+            return None
+        tagged = _encode_torch_value(value) or self._config(value, path)
+        if tagged is None:
+            _refuse_object(value, path)
+        return tagged
+
+    def _tensor(self, tensor: torch.Tensor, path: Path) -> dict[str, Any]:
+        where = format_path(path)
+        refuse_unstorable(tensor, where)
+        if tensor.layout != torch.strided:
+            return {"$sparse": self._sparse(tensor, path)}
+        # The same memory seen in the same way is the same tensor, whether tied by identity or by a view.
+        identity = memory_identity(tensor)
+        known = None if identity is None else self._by_identity.get(identity)
+        name = self._name(path)
+        if known is not None:
+            known.aliases.append(name)
+        else:
+            stored = store_tensor(tensor, name, where)
+            self.tensors.append(stored)
+            if identity is not None:
+                self._by_identity[identity] = stored
+        self._live[name] = tensor
+        return {"$tensor": name}
+
+    def _sparse(self, tensor: torch.Tensor, path: Path) -> dict[str, Any]:
+        tensor = tensor.detach()
+        described: dict[str, Any] = {"shape": list(tensor.shape)}
+        if tensor.layout == torch.sparse_coo:
+            kind = "coo"
+            parts = {"indices": tensor._indices(), "values": tensor._values()}
+            described["coalesced"] = tensor.is_coalesced()
+        elif (kind := _COMPRESSED.get(tensor.layout, "")) in ("csr", "bsr"):
+            parts = {"crow": tensor.crow_indices(), "col": tensor.col_indices(), "values": tensor.values()}
+        elif kind:
+            parts = {"ccol": tensor.ccol_indices(), "row": tensor.row_indices(), "values": tensor.values()}
+        else:
+            raise UnsupportedStateError(
+                f"{format_path(path)} is a tensor that cannot be stored",
+                why=f"its layout is {tensor.layout}",
+                next="call .to_dense() first",
+            )
+        described["layout"] = kind
+        for part, component in parts.items():
+            stored = store_tensor(component, self._name((*path, part)), format_path((*path, part)))
+            if stored.encoding == "plain":
+                stored.encoding = f"sparse_{kind}.{part}"
+                stored.logical_dtype, stored.logical_shape = dtype_name(tensor.dtype), tuple(tensor.shape)
+            self.tensors.append(stored)
+            self._live[stored.name] = component
+            described[part] = stored.name
+        return described
+
+    def _array(self, array: np.ndarray[Any, Any], path: Path) -> str:
+        name = self._name(path)
+        self.tensors.append(StoredTensor(name, array, STORED_DTYPES[DTYPES[str(array.dtype)]]))
+        return name
+
+    def _config(self, value: object, path: Path) -> dict[str, Any] | None:
+        omegaconf = sys.modules.get("omegaconf")
+        if omegaconf is None or not isinstance(value, (omegaconf.DictConfig, omegaconf.ListConfig)):
+            return None
+        plain = omegaconf.OmegaConf.to_container(value, resolve=False)
+        return {"$config": encode_tree(plain, self._leaf, path=path)}
+
+    def _name(self, path: Path) -> str:
+        inner = path[2:] if path[1:2] and path[1] in _UNNAMED_LEVELS else path[1:]
+        # A lone surrogate is a legal Python string and an illegal JSON one.
+        wanted = "/".join(str(part) for part in inner).encode("utf-8", "backslashreplace").decode() or "value"
+        name, number = wanted, 2
+        while name in self._taken:
+            name, number = f"{wanted}~{number}", number + 1
+        self._taken.add(name)
+        return name
+
+
+def decode_entry(tree: Any, tensor: TensorOfName) -> Any:
+    """Turn an entry's encoded tree back into values.
+
+    Args:
+        tree: What `EntryEncoder.tree` was.
+        tensor: Returns an entry's tensor by its name.
+
+    Raises:
+        CorruptCheckpointError: The tree does not follow the grammar.
+    """
+
+    def leaf(tag: str, content: Any) -> object:
+        match tag:
+            case "$tensor":
+                return tensor(content)
+            case "$array":
+                return tensor(content).numpy()
+            case "$sparse":
+                return _decode_sparse(content, tensor)
+            case "$dtype":
+                return DTYPES[content]
+            case "$size":
+                return torch.Size(content)
+            case "$device":
+                return torch.device(content)
+            case "$config":
+                from omegaconf import OmegaConf
+
+                return OmegaConf.create(decode_tree(content, leaf))
+        raise ValueError("an unknown tag")
+
+    return decode_tree(tree, leaf)
+
+
+def load_entries(
+    reader: CheckpointReader, names: Iterable[str] | None = None, *, rank: int = 0
+) -> dict[str, CapturedEntry]:
+    """Read entries of a checkpoint into fresh CPU tensors; every byte is checked against its digest.
+
+    Args:
+        reader: The checkpoint.
+        names: Which entries; all of them by default. Unknown names are left out.
+        rank: Whose document and whose own tensors.
+
+    Raises:
+        CorruptCheckpointError: Something is damaged, missing, or contradicts itself.
+    """
+    wanted = None if names is None else set(names)
+    document = reader.read_state(rank)
+    trees = document.get("entries") if isinstance(document, dict) else None
+    if not isinstance(trees, dict):
+        raise _corrupt(reader, "the state document has no entries")
+    records = {entry.name: entry for entry in reader.manifest.entries if wanted is None or entry.name in wanted}
+    tensors: dict[str, dict[str, TensorRecord]] = {name: {} for name in records}
+    for record in reader.manifest.tensors:
+        if record.entry in tensors and record.rank in (None, rank):
+            tensors[record.entry].update(dict.fromkeys((record.name, *record.aliases), record))
+    loaded: dict[str, CapturedEntry] = {}
+    for name, entry in records.items():
+        if name not in trees:
+            raise _corrupt(reader, f"the manifest lists the entry {name!r}, the state document does not hold it")
+        tree = decode_entry(trees[name], _TensorLoader(reader, tensors[name]))
+        loaded[name] = CapturedEntry(name, entry.handler, entry.handler_version, tree)
+    return loaded
+
+
+class _TensorLoader:
+    """Reads tensors by name, each once: names of one tensor give one tensor, as it was."""
+
+    def __init__(self, reader: CheckpointReader, records: dict[str, TensorRecord]) -> None:
+        self._reader = reader
+        self._records = records
+        self._loaded: dict[str, torch.Tensor] = {}
+
+    def __call__(self, name: str) -> torch.Tensor:
+        record = self._records[name]
+        if record.name not in self._loaded:
+            self._loaded[record.name] = tensor_from_bytes(record, self._reader.read_tensor(record))
+        return self._loaded[record.name]
+
+
+def _encode_torch_value(value: object) -> dict[str, Any] | None:
+    if isinstance(value, torch.dtype):
+        return {"$dtype": dtype_name(value)}
+    if isinstance(value, torch.Size):
+        return {"$size": list(value)}
+    if isinstance(value, torch.device):
+        return {"$device": str(value)}
+    return None
+
+
+def _decode_sparse(content: Any, tensor: TensorOfName) -> torch.Tensor:
+    shape, kind = content["shape"], content["layout"]
+    try:
+        # The invariants are checked: indices from a file must not point outside of the tensor.
+        if kind == "coo":
+            return torch.sparse_coo_tensor(
+                tensor(content["indices"]),
+                tensor(content["values"]),
+                shape,
+                is_coalesced=content["coalesced"],
+                check_invariants=True,
+            )
+        outer, inner = ("crow", "col") if kind in ("csr", "bsr") else ("ccol", "row")
+        return torch.sparse_compressed_tensor(
+            tensor(content[outer]),
+            tensor(content[inner]),
+            tensor(content["values"]),
+            shape,
+            layout=_LAYOUTS[kind],
+            check_invariants=True,
+        )
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _refuse_object(value: object, path: Path) -> None:
+    """Say more than "unknown type" about objects that belong elsewhere in the state."""
+    if callable(getattr(value, "state_dict", None)) and not isinstance(value, type):
+        raise UnsupportedStateError(
+            f"{format_path(path)} is a {type(value).__module__}.{type(value).__qualname__} inside of plain values",
+            why="objects with a state of their own are captured by handlers, which look at whole entries only",
+            next="give it an entry of its own: state={..., 'its_name': the_object}",
+        )
+
+
+def _corrupt(reader: CheckpointReader, why: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"step {reader.manifest.step} of {reader.storage.url} contradicts itself",
+        why=why,
+        next="resume from another checkpoint; `ckptmgr ls` lists them",
+    )
