@@ -137,10 +137,10 @@ class LocalStorage:
             link_or_rename(temporary, name, folder=folder, must_be_atomic=exclusive)
         except FileExistsError:
             # A file server may repeat a request whose reply was lost, and then refuse what it has already done.
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=folder, follow_symlinks=False)):
-                    return
-            raise FileExistsError(errno.EEXIST, f"{key!r} exists already in {self.url}") from None
+            if not _is_file_of(fd, name, folder):
+                raise FileExistsError(errno.EEXIST, f"{key!r} exists already in {self.url}") from None
+            with suppress(OSError):
+                os.unlink(temporary, dir_fd=folder)
 
     def _create_temporary(self, key: str, folders: Sequence[str]) -> tuple[int, str, int]:
         """Make the directories of a key, durably, and open a new file in the last: its folder, its name, itself."""
@@ -308,6 +308,13 @@ class LocalStorage:
                     self._synced.discard(tuple(folders))
                     fsync(outer)
                 folders.pop()
+
+
+def _is_file_of(fd: int, name: str, folder: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=folder, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
 
 
 def _is_key(text: str) -> bool:

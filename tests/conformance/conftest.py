@@ -17,6 +17,9 @@ from typing import Any
 
 import pytest
 
+# moto looks for the name and then stores it, with no lock: without the long interval two threads may change places in
+# between, and then it is no longer a store with exclusive create.
+SERVE = "import sys; sys.setswitchinterval(1.0); from moto.server import main; main()"
 READY_WITHIN_S = 60.0
 STOPPED_WITHIN_S = 10.0
 
@@ -53,7 +56,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     log = tmp_path_factory.mktemp("moto") / "server.log"
     environment = {**os.environ, "AWS_ACCESS_KEY_ID": "server", "AWS_SECRET_ACCESS_KEY": "server"}
     with log.open("wb") as output:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        command = [sys.executable, "-c", SERVE, "-H", "127.0.0.1", "-p", str(port)]
         server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     try:
         _wait_until_ready(server, port, log)
