@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptmgr.experiment.redact import REDACTED, is_secret_name, redact_argv, redact_text, redact_url
+from ckptmgr.launch.redact import REDACTED, is_secret_name, redact_argv, redact_text, redact_url
 
 ENVIRON = {
     "WANDB_API_KEY": "0123456789abcdef0123",
@@ -129,6 +129,14 @@ def test_redacting_twice_changes_nothing_more() -> None:
     once = redact_text("see https://u:p@h/x?token=abc, password: hunter2 and api_key='x y'")
     assert "hunter2" not in once
     assert redact_text(once) == once
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "piece", ["x", "?", "a ", "sk-", "-eyJ", "a=", "https://", "u:p@", "token=", ".a", "AKIA", "-"]
+)
+def test_endless_arguments_do_not_take_endless_time(piece: str) -> None:
+    redact_argv([piece * (100_000 // len(piece))], ENVIRON)
 
 
 @given(st.lists(st.text(max_size=60), max_size=6))

@@ -52,25 +52,28 @@ _INNOCENT_VARIABLES = frozenset({"PWD", "OLDPWD", "GOOGLE_APPLICATION_CREDENTIAL
 _SIGNED_QUERY = frozenset({"sig", "signature", "key", "token", "auth", "code", "awsaccesskeyid", "googleaccessid"})
 _SIGNED_QUERY_ENDINGS = ("-signature", "-credential", "-security-token")
 
+# Repetitions are bounded wherever a search could start again within them: endless arguments must not take for ever.
 _SHAPES = re.compile(
     r"""(?<![A-Za-z0-9])(?:
       hf_[A-Za-z0-9]{16,}                              # Hugging Face
     | gh[opsur]_[A-Za-z0-9]{16,} | github_pat_\w{16,}  # GitHub
     | glpat-[\w-]{16,}                                 # GitLab
     | (?:AKIA|ASIA)[A-Z0-9]{12,}                       # AWS
-    | sk-(?=[\w-]*\d)[\w-]{16,}                        # OpenAI, Anthropic
+    | sk-(?=[\w-]{0,99}\d)[\w-]{16,}                   # OpenAI, Anthropic
     | xox[a-z]-[A-Za-z0-9-]{8,}                        # Slack
     | AIza[\w-]{30,}                                   # Google
-    | eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+                  # JSON web token
+    | eyJ[\w-]{8,999}\.[\w-]{8,4999}\.[\w-]+           # JSON web token
     )""",
     re.VERBOSE,
 )
 _PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
-_AUTHORIZATION = re.compile(r"\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE)
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+_AUTHORIZATION = re.compile(r"\b(bearer|basic)\s{1,9}[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE)
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,39}://[^\s'\"<>]+")
 _USERINFO = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)@")
-_QUERY_ITEM = re.compile(r"([?&;#])([^=&;#]+)=([^&;#]*)")
-_PAIR = re.compile(r"""(?P<name>[A-Za-z_][\w.-]*)(?P<between>["']?\s*[=:]\s*["']?)(?P<value>[^\s,;&"'}\])]+)""")
+_QUERY_ITEM = re.compile(r"([?&;#])([^=?&;#]{1,199})=([^&;#]*)")
+_PAIR = re.compile(
+    r"""(?P<name>[A-Za-z_][\w.-]{0,99})(?P<between>["']?\s{0,9}[=:]\s{0,9}["']?)(?P<value>[^\s,;&"'}\])]+)"""
+)
 _OPTION = re.compile(r"(?P<name>[-+~]*[A-Za-z_][\w.@/-]*)=(?P<value>.*)", re.DOTALL)
 _BARE_OPTION = re.compile(r"--?[A-Za-z][\w.-]*")
 

@@ -1,0 +1,1 @@
+"""How a process was started, recorded without secrets, and how to start it again."""
