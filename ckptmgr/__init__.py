@@ -1,0 +1,109 @@
+"""ckptmgr: training that cannot be lost, and a model that loads as it was.
+
+Names are loaded when they are first used: importing this package does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ckptmgr.checkpointer import Checkpointer
+    from ckptmgr.errors import (
+        CheckpointNotFoundError,
+        CkptmgrError,
+        CorruptCheckpointError,
+        Fenced,
+        Preempted,
+        SaveFailedError,
+        StateMismatchError,
+        UnsupportedStateError,
+        UsageError,
+    )
+    from ckptmgr.lightning import CheckpointManager
+    from ckptmgr.policy.retention import KeepAll, KeepBest, KeepEverySteps, KeepLast, KeepTagged, Union
+    from ckptmgr.policy.triggers import (
+        AnyOf,
+        EveryEpochs,
+        EverySeconds,
+        EverySteps,
+        OnException,
+        OnImprovement,
+        OnSignal,
+    )
+    from ckptmgr.state.handlers import register_handler
+    from ckptmgr.state.per_sample_seed import PerSampleSeed
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ckptmgr.checkpointer": ["Checkpointer"],
+    "ckptmgr.errors": [
+        "CheckpointNotFoundError",
+        "CkptmgrError",
+        "CorruptCheckpointError",
+        "Fenced",
+        "Preempted",
+        "SaveFailedError",
+        "StateMismatchError",
+        "UnsupportedStateError",
+        "UsageError",
+    ],
+    "ckptmgr.lightning": ["CheckpointManager"],
+    "ckptmgr.policy.retention": ["KeepAll", "KeepBest", "KeepEverySteps", "KeepLast", "KeepTagged", "Union"],
+    "ckptmgr.policy.triggers": [
+        "AnyOf",
+        "EveryEpochs",
+        "EverySeconds",
+        "EverySteps",
+        "OnException",
+        "OnImprovement",
+        "OnSignal",
+    ],
+    "ckptmgr.state.handlers": ["register_handler"],
+    "ckptmgr.state.per_sample_seed": ["PerSampleSeed"],
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AnyOf",
+    "CheckpointManager",
+    "CheckpointNotFoundError",
+    "Checkpointer",
+    "CkptmgrError",
+    "CorruptCheckpointError",
+    "EveryEpochs",
+    "EverySeconds",
+    "EverySteps",
+    "Fenced",
+    "KeepAll",
+    "KeepBest",
+    "KeepEverySteps",
+    "KeepLast",
+    "KeepTagged",
+    "OnException",
+    "OnImprovement",
+    "OnSignal",
+    "PerSampleSeed",
+    "Preempted",
+    "SaveFailedError",
+    "StateMismatchError",
+    "Union",
+    "UnsupportedStateError",
+    "UsageError",
+    "__version__",
+    "register_handler",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'ckptmgr' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,409 @@
+"""`Checkpointer`: saves and resumes a plain PyTorch training loop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+
+from ckptmgr.boundary import BoundaryCopy
+from ckptmgr.errors import Preempted, UsageError
+from ckptmgr.policy.from_keywords import retention_from, trigger_from
+from ckptmgr.policy.retention import RetentionPolicy
+from ckptmgr.policy.triggers import Moment, Trigger
+from ckptmgr.preemption import StopSignal
+from ckptmgr.run.reference import Reference, parse_reference
+from ckptmgr.state.capture import CapturedEntry, capture_state, check_state, dry_check, restore_state
+from ckptmgr.state.data_position import DataPosition
+from ckptmgr.state.rng import capture_rng, restore_rng
+from ckptmgr.training_run import LoadedCheckpoint, Monitor, TrainingRun, load_checkpoint, requested_run
+
+__all__ = ["Checkpointer"]
+
+_log = logging.getLogger("ckptmgr")
+
+# Entries of our own, beside those of the user.
+_RNG, _DATA, _PROGRESS = "ckptmgr_rng", "ckptmgr_data", "ckptmgr_progress"
+
+
+class Checkpointer:
+    """Saves everything that a training loop needs to go on, and puts it back.
+
+    Args:
+        run_dir: Directory or fsspec URL of one training run. ``ckptmgr resume`` overrides it.
+        state: Name → object: modules, optimizers, LR schedulers, gradient scalers, anything with ``state_dict`` and
+            ``load_state_dict``, and dicts of plain values, tensors and arrays (these are restored in place). RNG state,
+            and the position in the data of `batches`, are added by themselves.
+        every_n_steps: Save whenever this many steps have passed.
+        every_n_epochs: Save at the end of every n-th epoch of `batches`.
+        time_interval: Save when the last save is this old. In seconds, or a `timedelta`.
+        monitor: Name of the metric, as given to `step`, that says which checkpoint is best.
+        mode: Whether a smaller (``min``) or a larger (``max``) value is better.
+        keep_last: How many of the newest checkpoints to keep.
+        save_top_k: How many of the best to keep besides, with ``monitor``.
+        keep_every_n_steps: Keep forever the checkpoints that are the first at or after each multiple of this.
+        save_on_signal: Save and exit with code 75 at the next step after SIGTERM.
+        save_on_exception: Save the last completed step when an exception leaves the ``with`` block. Costs a copy of
+            buffers, RNG and counters at each step.
+        triggers: Decides when to save, instead of the intervals above.
+        retention: Decides what to keep, instead of the numbers above.
+        resume: ``auto`` goes on where the run stopped, if it ever saved; ``must`` wants a checkpoint; ``never`` starts
+            from nothing; anything else names one: ``best``, a step, a tag, an id.
+        storage_options: Passed to the storage. Never recorded.
+        background: Write while training goes on. False makes each save wait until it is durable.
+
+    Raises:
+        UsageError: An argument cannot be meant as it was given.
+
+    Example:
+        >>> with Checkpointer("runs/digits", {"model": model, "optimizer": optimizer}, every_n_steps=100) as ckpt:
+        ...     step = ckpt.resume()
+        ...     for batch in ckpt.batches(loader, epochs=10):
+        ...         loss = train(batch)
+        ...         step += 1
+        ...         ckpt.step(step, metrics={"loss": loss})  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        state: Mapping[str, object],
+        *,
+        every_n_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        time_interval: timedelta | float | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        keep_last: int = 3,
+        save_top_k: int = 1,
+        keep_every_n_steps: int | None = None,
+        save_on_signal: bool = True,
+        save_on_exception: bool = False,
+        triggers: Trigger | None = None,
+        retention: RetentionPolicy | None = None,
+        resume: str = "auto",
+        storage_options: Mapping[str, Any] | None = None,
+        background: bool = True,
+    ) -> None:
+        taken = sorted(name for name in state if name.startswith("ckptmgr_"))
+        if taken or not state:
+            raise UsageError(
+                f"state has the reserved name {taken[0]!r}" if taken else "state is empty",
+                why="names that start with ckptmgr_ are the manager's own" if taken else "there is nothing to save",
+                next='for example state={"model": model, "optimizer": optimizer}',
+            )
+        chosen, self._resume = requested_run(run_dir, resume)
+        assert chosen is not None  # run_dir is not optional here
+        self._run_dir = chosen
+        self._state = dict(state)
+        self._trigger = triggers or trigger_from(
+            every_n_steps=every_n_steps,
+            every_n_epochs=every_n_epochs,
+            time_interval=time_interval,
+            on_signal=save_on_signal,
+            on_exception=save_on_exception,
+        )
+        self._retention = retention or retention_from(
+            keep_last=keep_last,
+            keep_best=save_top_k,
+            keep_every_n_steps=keep_every_n_steps,
+            monitor=monitor,
+            mode=mode,
+        )
+        self._monitor = None if monitor is None else Monitor(monitor, mode)
+        self._storage_options = storage_options
+        self._background = background
+        self._saves_on_exception = save_on_exception
+        self._signal = StopSignal() if save_on_signal else None
+        self._run: TrainingRun | None = None
+        self._boundary: BoundaryCopy | None = None
+        self._data: DataPosition | None = None
+        self._loaded_data: tuple[dict[str, Any], dict[str, Any]] | None = None
+        self._step = 0
+        self._last_saved_step = 0
+        self._last_saved_at = 0.0
+        self._metrics: dict[str, float] = {}
+
+    @property
+    def run_dir(self) -> str:
+        """The run directory in force."""
+        return self._run_dir
+
+    @property
+    def epoch(self) -> int:
+        """Index of the epoch that `batches` is in, from 0."""
+        return self._data.epoch if self._data else 0
+
+    @property
+    def is_last_batch(self) -> bool | None:
+        """Whether the batch handed out last ends its epoch; None where the loader has no length."""
+        return self._data.is_last_batch if self._data else None
+
+    def resume(self) -> int:
+        """Claim the run, and go on where it stopped.
+
+        Returns:
+            The step to continue from: optimizer updates completed; 0 on a fresh run.
+
+        Raises:
+            StateMismatchError: The checkpoint does not fit the live objects; nothing was changed.
+            CheckpointNotFoundError, CorruptCheckpointError: There is nothing (whole) to resume from.
+            UnsupportedStateError: A value in the state could never be saved.
+        """
+        if self._run is not None:
+            raise UsageError(
+                "resume() was called twice", next="use restore(reference) to go back to a checkpoint within one process"
+            )
+        return self._open(self._resume)
+
+    def restore(self, reference: str) -> int:
+        """Put a checkpoint's state into the live objects.
+
+        A selector alone (``best``, ``1200``, a tag) means this run: training then continues from there on a new line,
+        and `batches` must be called anew. A full reference to another run restores the user's entries only: its
+        weights, not its history.
+
+        Returns:
+            The checkpoint's step.
+
+        Raises:
+            StateMismatchError, CheckpointNotFoundError, CorruptCheckpointError: As `resume`.
+        """
+        own = parse_reference(f"{self._run_dir}@{reference}") if _is_selector(reference) else parse_reference(reference)
+        if own.run_dir != self._run_dir:
+            loaded = load_checkpoint(own, names=list(self._state), storage_options=self._storage_options)
+            entries = list(loaded.entries.values())
+            check_state(self._state, entries)
+            restore_state(self._state, entries)
+            return loaded.manifest.step
+        return self._reopen(own)
+
+    def batches(
+        self,
+        loader: Iterable[Any],
+        *,
+        epochs: int | None = None,
+        on_resume: Literal["auto", "skip", "replay"] = "auto",
+    ) -> Iterator[Any]:
+        """Yield the batches of several epochs, from the first one that was not trained yet.
+
+        The position counts batches whose turn of the loop came to its end (or reached `step`), not batches that workers
+        fetched ahead. Do everything that belongs to a step, also validation at ``is_last_batch``, before calling
+        `step`.
+
+        Args:
+            loader: A DataLoader, a StatefulDataLoader, or anything that can be iterated anew for each epoch.
+            epochs: How many in all, counted from the run's start; None for no end.
+            on_resume: How to get to the position: ``skip`` without reading, ``replay`` by reading what was trained, or
+                ``auto``: skip where that is exactly the same.
+
+        Raises:
+            StateMismatchError: The loader is not the one that the position was saved with.
+        """
+        self._open_run()
+        data = DataPosition(loader, epochs=epochs, on_resume=on_resume, notify=_log.warning)
+        if self._loaded_data is not None:
+            position, rng = self._loaded_data
+            self._loaded_data = None
+            data.load_state_dict(position, rng=rng)
+        self._data = data
+        return iter(data)
+
+    def step(self, step: int, *, metrics: Mapping[str, float | torch.Tensor] | None = None) -> None:
+        """Tell that an optimizer update has been completed, and save if that is due.
+
+        Args:
+            step: Optimizer updates completed in this run. Calls that repeat a number (gradient accumulation) are
+            ignored. metrics: Values known at this step.
+
+        Raises:
+            SaveFailedError, Fenced: An earlier save failed, or the run was taken over.
+            Preempted: The process was told to stop; the state is saved. Exits with code 75 if nobody catches it.
+        """
+        self._open_run()
+        if isinstance(step, bool) or not isinstance(step, int) or step < self._step:
+            raise UsageError(
+                f"step({step!r}) after step {self._step}",
+                why="steps are whole numbers that count optimizer updates and never go back",
+                next="continue from the number that resume() or restore() returned",
+            )
+        if metrics:
+            self._metrics = {name: float(value) for name, value in metrics.items()}
+        if step == self._step:
+            return
+        self._step = step
+        moment = Moment(
+            step=step,
+            epoch=self._data.epoch if self._data else None,
+            is_epoch_end=bool(self.is_last_batch),
+            last_saved_step=self._last_saved_step,
+            seconds_since_save=time.monotonic() - self._last_saved_at,
+            metrics=self._metrics,
+            seen=self._open_run().seen,
+            signalled=self._signal is not None and self._signal.received is not None,
+        )
+        reason = self._trigger.reason_to_save(moment)
+        if reason is not None:
+            self._save(reason)
+        elif self._boundary is not None:
+            self._boundary.keep(self._capture())
+        if moment.signalled:
+            self._end("preempted")
+            raise Preempted
+
+    def save(self, *, tags: Sequence[str] = (), metrics: Mapping[str, float] | None = None) -> None:
+        """Save now, at the step that was completed last.
+
+        Args:
+            tags: Names for the checkpoint. A tagged one is pinned: retention never drops it.
+            metrics: Values known now, beside those of the last `step`.
+        """
+        self._metrics.update(metrics or {})
+        self._save("asked for", tags=tags)
+
+    def wait(self) -> None:
+        """Wait until the last save is durable.
+
+        Raises:
+            SaveFailedError, Fenced: It failed.
+        """
+        if self._run is not None:
+            self._run.wait()
+
+    def close(self) -> None:
+        """End the attempt as finished: save what was not saved yet, wait for it, and let go of the run. Idempotent."""
+        if self._run is not None:
+            if self._step > self._last_saved_step:
+                self._save("end of training")
+            self._end("finished")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._run is None:
+            return
+        if error is None:
+            self.close()
+            return
+        try:
+            self._save_after(error)
+        except Exception as failure:
+            # The user's exception goes on; ours is told beside it.
+            error.add_note(f"ckptmgr: nothing was saved after this exception: {failure}")
+            _log.exception("nothing was saved after the exception")
+
+    def _open(self, resume: str) -> int:
+        run = TrainingRun.open(
+            self._run_dir,
+            resume=resume,
+            retention=self._retention,
+            monitor=self._monitor,
+            storage_options=self._storage_options,
+            background=self._background,
+        )
+        loaded = run.continued
+        if loaded is not None:
+            self._restore(loaded)
+        run.accept()
+        run.continued = None
+        dry_check(self._capture())
+        self._run = run
+        self._last_saved_step = self._step
+        self._last_saved_at = time.monotonic()
+        if self._signal is not None:
+            self._signal.install()
+        if self._saves_on_exception:
+            optimizers = [value for value in self._state.values() if isinstance(value, torch.optim.Optimizer)]
+            self._boundary = BoundaryCopy(optimizers)
+            self._boundary.keep(self._capture())
+        return self._step
+
+    def _reopen(self, reference: Reference) -> int:
+        if self._run is not None:
+            self._end("preempted")
+        self._data = None
+        return self._open(reference.selector)
+
+    def _restore(self, loaded: LoadedCheckpoint) -> None:
+        own = {name: loaded.entries.pop(name) for name in (_RNG, _DATA, _PROGRESS) if name in loaded.entries}
+        entries = list(loaded.entries.values())
+        check_state(self._state, entries)
+        restore_state(self._state, entries)
+        rng = own[_RNG].tree
+        for note in restore_rng(rng):
+            _log.warning("%s", note)
+        self._loaded_data = (own[_DATA].tree, rng) if _DATA in own else None
+        self._step = loaded.manifest.step
+        self._metrics = dict(own[_PROGRESS].tree["metrics"])
+        _log.info("resumed %s from step %d", self._run_dir, self._step)
+
+    def _capture(self) -> list[CapturedEntry]:
+        entries = capture_state(self._state)
+        if self._data is not None:
+            entries.append(CapturedEntry(_DATA, "data-position", 1, self._data.state_dict()))
+        entries.append(CapturedEntry(_PROGRESS, "progress", 1, {"step": self._step, "metrics": dict(self._metrics)}))
+        entries.append(CapturedEntry(_RNG, "rng", 1, capture_rng()))
+        return entries
+
+    def _save(self, reason: str, *, tags: Sequence[str] = (), entries: list[CapturedEntry] | None = None) -> None:
+        run = self._open_run()
+        if entries is None:
+            entries = self._capture()
+            if self._boundary is not None:
+                self._boundary.keep(entries)
+        run.save(
+            entries,
+            step=self._step,
+            epoch=self._data.epoch if self._data else None,
+            reason=reason,
+            metrics=self._metrics,
+            tags=tags,
+        )
+        self._last_saved_step = self._step
+        self._last_saved_at = time.monotonic()
+
+    def _save_after(self, error: BaseException) -> None:
+        outcome: Literal["failed", "preempted"] = "preempted" if isinstance(error, Preempted) else "failed"
+        try:
+            moment = Moment(step=self._step, last_saved_step=self._last_saved_step, failed=True)
+            if self._boundary is not None and self._step > self._last_saved_step:
+                reason = self._trigger.reason_to_save(moment)
+                entries = self._boundary.entries()
+                if reason is not None and entries is None:
+                    _log.warning("the exception came while an optimizer step was under way: nothing is saved")
+                elif reason is not None:
+                    self._save(f"{reason}: {type(error).__name__}", entries=entries)
+        finally:
+            self._end(outcome, error=f"{type(error).__name__}: {error}")
+
+    def _end(self, outcome: Literal["finished", "failed", "preempted"], *, error: str | None = None) -> None:
+        run, self._run = self._run, None
+        if self._signal is not None:
+            self._signal.uninstall()
+        if self._boundary is not None:
+            self._boundary.close()
+            self._boundary = None
+        if run is not None:
+            run.close(outcome, step=self._step, error=error)
+
+    def _open_run(self) -> TrainingRun:
+        if self._run is None:
+            raise UsageError(
+                f"the run in {self._run_dir} is not open",
+                why="resume() was not called yet, or the checkpointer was closed",
+                next="call step = ckpt.resume() once, before the loop: it returns 0 on a fresh run",
+            )
+        return self._run
+
+
+def _is_selector(reference: str) -> bool:
+    return not any(mark in reference for mark in "/@\\")

@@ -1,0 +1,418 @@
+"""This process's hold on a run directory: claim it, choose what to continue, save into it, retain, close.
+
+Both managers, the standalone one and the Lightning callback, are faces of this. It decides nothing about when to save.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ckptmgr.errors import CheckpointNotFoundError, CkptmgrError, CorruptCheckpointError
+from ckptmgr.format.layout import RUN_MARKER, CheckpointId, attempt_key, note_key
+from ckptmgr.format.manifest import Continuation, EntryRecord, Manifest, Note, Outcome, RunMarker, metric_to_value
+from ckptmgr.format.payload import FilePayload
+from ckptmgr.format.record import FORMAT_VERSION, encode_record
+from ckptmgr.launch.start_record import describe_start
+from ckptmgr.policy.retention import CheckpointFacts, RetentionPolicy, best, plan
+from ckptmgr.policy.triggers import MetricSpan, widen_spans
+from ckptmgr.run.catalog import Catalog
+from ckptmgr.run.clock import utc_now
+from ckptmgr.run.commit import CheckpointFields, commit_checkpoint
+from ckptmgr.run.environment import recorded_versions
+from ckptmgr.run.lineage import claim_attempt, record_end, record_line, refuse_if_fenced
+from ckptmgr.run.prune import abandoned_tips, collect_torn, delete_checkpoints
+from ckptmgr.run.reader import CheckpointReader
+from ckptmgr.run.reference import Reference, parse_reference
+from ckptmgr.state.capture import CapturedEntry, dry_check
+from ckptmgr.state.codec import load_entries
+from ckptmgr.state.snapshot import SnapshotBuffers
+from ckptmgr.storage.open import open_storage
+from ckptmgr.storage.protocol import Storage
+from ckptmgr.writer import BackgroundWriter
+
+__all__ = ["RUN_DIR_VARIABLE", "LoadedCheckpoint", "Monitor", "TrainingRun", "load_checkpoint", "requested_run"]
+
+RUN_DIR_VARIABLE = "CKPTMGR_RUN_DIR"
+"""Set by ``ckptmgr resume``: overrides the run directory, and may name the checkpoint, ``RUN_DIR@SELECTOR``."""
+
+_log = logging.getLogger("ckptmgr")
+
+
+@dataclass(frozen=True, slots=True)
+class Monitor:
+    """The metric that says which checkpoint is best, and which way is better."""
+
+    metric: str
+    mode: Literal["min", "max"] = "min"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedCheckpoint:
+    """A checkpoint in host memory, every digest verified.
+
+    Attributes:
+        manifest: Its manifest.
+        entries: Captured entries by name. Their tensors are fresh CPU tensors.
+        run_dir: The run that it was read from.
+    """
+
+    manifest: Manifest
+    entries: dict[str, CapturedEntry]
+    run_dir: str
+
+    @property
+    def reference(self) -> str:
+        """The reference that names exactly this checkpoint."""
+        return f"{self.run_dir}@{self.manifest.checkpoint}"
+
+
+def requested_run(run_dir: str | os.PathLike[str] | None, resume: str) -> tuple[str | None, str]:
+    """Return the run directory and the resume choice in force: ``ckptmgr resume`` overrides what the script says."""
+    override = os.environ.get(RUN_DIR_VARIABLE)
+    if override:
+        reference = parse_reference(override)
+        return reference.run_dir, "must" if reference.selector == "latest" else reference.selector
+    return (None if run_dir is None else os.fspath(run_dir)), resume
+
+
+def load_checkpoint(
+    reference: str | Reference, *, names: Sequence[str] | None = None, storage_options: Mapping[str, Any] | None = None
+) -> LoadedCheckpoint:
+    """Read a checkpoint without claiming its run.
+
+    Args:
+        reference: ``RUN_DIR`` or ``RUN_DIR@SELECTOR``.
+        names: Only these entries; all by default.
+        storage_options: For the storage; never recorded.
+
+    Raises:
+        RunNotFoundError, CheckpointNotFoundError: Nothing answers to the reference.
+        CorruptCheckpointError: It is damaged. For ``latest`` an older intact one is used instead, with a warning.
+    """
+    if isinstance(reference, str):
+        reference = parse_reference(reference)
+    storage = open_storage(reference.run_dir, storage_options=storage_options)
+    catalog = Catalog.of_existing_run(storage)
+    return _choose(catalog, reference, names)
+
+
+class TrainingRun:
+    """One attempt at a run: this process, from its claim to its end.
+
+    Use `open`. Not safe for use from several threads.
+
+    Attributes:
+        run_dir: The run's root, as the user named it.
+        continued: What to restore; None on a fresh start. Set it to None once restored, to free the memory.
+        monitor: Says which checkpoint is best; None where nobody does.
+        seen: Span of each metric over the saves of the line so far.
+    """
+
+    def __init__(
+        self,
+        run_dir: str,
+        storage: Storage,
+        *,
+        retention: RetentionPolicy,
+        monitor: Monitor | None,
+        background: bool,
+    ) -> None:
+        self.run_dir = run_dir
+        self.storage = storage
+        self.monitor = monitor
+        self.continued: LoadedCheckpoint | None = None
+        self._retention = retention
+        self._writer = BackgroundWriter(background=background)
+        self._buffers = SnapshotBuffers()
+        self._attempt = 0
+        self._nsaves = 0
+        self._nnotes = 0
+        self._continuation: Continuation | None = None
+        self._known: dict[CheckpointId, Manifest] = {}
+        self._facts: dict[CheckpointId, CheckpointFacts] = {}
+        self.seen: dict[str, MetricSpan] = {}
+        self._dropping: set[CheckpointId] = set()
+        self._is_checked = False
+        self._is_closed = False
+        self._run_id = ""
+        self._environment = recorded_versions()
+
+    @classmethod
+    def open(
+        cls,
+        run_dir: str,
+        *,
+        resume: str = "auto",
+        retention: RetentionPolicy,
+        monitor: Monitor | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        background: bool = True,
+    ) -> TrainingRun:
+        """Claim a run, creating it if need be, and load what it continues.
+
+        The caller restores `continued` and then calls `accept`. Until then the attempt fences older ones but has no
+        line.
+
+        Args:
+            run_dir: Path or fsspec URL.
+            resume: ``auto`` continues the newest intact checkpoint if there is one, ``must`` wants one, ``never``
+                starts from nothing, anything else is a selector (``best``, a step, an id, a tag).
+            retention: What to keep.
+            monitor: Recorded in each manifest, so that ``best`` means the same everywhere.
+            storage_options: For the storage; never recorded.
+            background: Whether saves are written while training goes on.
+
+        Raises:
+            CheckpointNotFoundError: ``resume`` wants a checkpoint that is not there. Nothing was claimed.
+            CorruptCheckpointError: There are checkpoints, and none of them is whole.
+        """
+        storage = open_storage(run_dir, storage_options=storage_options)
+        run = cls(run_dir, storage, retention=retention, monitor=monitor, background=background)
+        selector = "latest" if resume in ("auto", "must", "never") else resume
+        catalog = Catalog(storage)
+        if resume not in ("auto", "never"):
+            Catalog.of_existing_run(storage).resolve(selector)
+        if not catalog.is_run:
+            _create_marker(storage)
+        run._attempt = claim_attempt(storage, catalog.attempts).attempt
+        # Listed again: what was committed before the claim, and only that, can be chosen.
+        catalog = Catalog(storage)
+        run._run_id = catalog.marker.run_id
+        storage.write(attempt_key(run._attempt, "start"), [encode_record(describe_start())])
+        if resume != "never" and (catalog.on_line or resume != "auto"):
+            run.continued = _choose(catalog, Reference(run_dir, selector), None)
+        return run
+
+    @property
+    def attempt(self) -> int:
+        """The number of this attempt, from 1."""
+        return self._attempt
+
+    def accept(self) -> None:
+        """Record that this attempt continues what was loaded. From now on the run's line leads through it."""
+        manifest = self.continued.manifest if self.continued else None
+        self._continuation = record_line(self.storage, self._attempt, manifest)
+        catalog = Catalog(self.storage)
+        for checkpoint in catalog.on_line:
+            if catalog.why_not_intact(checkpoint) is None:
+                self._known[checkpoint] = catalog.manifest(checkpoint)
+                self._facts[checkpoint] = catalog.facts(checkpoint)
+                self.seen = widen_spans(self.seen, self._facts[checkpoint].metrics)
+
+    def save(
+        self,
+        entries: Sequence[CapturedEntry],
+        *,
+        step: int,
+        reason: str,
+        epoch: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+        tags: Sequence[str] = (),
+        wait: bool = False,
+    ) -> CheckpointId:
+        """Snapshot the state, and commit it in the background.
+
+        Training is blocked while the snapshot is copied, and while a save that is still in flight ends.
+
+        Args:
+            entries: The captured state: live references.
+            step: Optimizer updates completed.
+            reason: Why this save happens, for people.
+            epoch: Epochs completed or under way, where there are any.
+            metrics: Values known at this step.
+            tags: Names by which the checkpoint is pinned.
+            wait: Return only when it is durable.
+
+        Raises:
+            UnsupportedStateError: At the first save: a value that cannot be stored.
+            SaveFailedError, Fenced: The save before this one failed, or with ``wait`` this one.
+        """
+        began = time.monotonic()
+        if not self._is_checked:
+            dry_check(entries)
+            self._is_checked = True
+        name = f"the save of step {step}"
+        if self._writer.is_busy:
+            _log.info("%s waits for the save before it", name)
+        self._writer.wait()
+        files = self._buffers.snapshot(entries)
+        checkpoint = CheckpointId(step, self._attempt, self._nsaves)
+        self._nsaves += 1
+        self.seen = widen_spans(self.seen, metrics or {})
+        fields = CheckpointFields(
+            run_id=self._run_id,
+            reason=reason,
+            entries=tuple(EntryRecord(name=e.name, handler=e.handler, handler_version=e.version) for e in entries),
+            epoch=epoch,
+            metrics=dict(metrics or {}),
+            monitor=self.monitor.metric if self.monitor else None,
+            mode=self.monitor.mode if self.monitor else None,
+            tags=tuple(tags),
+            continues=self._continuation,
+            environment=self._environment,
+        )
+        blocked_s = time.monotonic() - began
+        self._writer.submit(name, lambda: self._commit(checkpoint, files, fields, began, blocked_s))
+        if wait:
+            self.wait()
+        return checkpoint
+
+    def annotate(
+        self, checkpoint: CheckpointId, *, metrics: Mapping[str, float] | None = None, tags: Sequence[str] = ()
+    ) -> None:
+        """Add metrics or tags to a checkpoint that was saved before they were known. Waits for it to be durable."""
+        self.wait()
+        note = Note(
+            version=FORMAT_VERSION,
+            checkpoint=str(checkpoint),
+            attempt=self._attempt,
+            created_at=utc_now(),
+            metrics={name: metric_to_value(value) for name, value in (metrics or {}).items()},
+            tags=tuple(tags),
+        )
+        refuse_if_fenced(self.storage, self._attempt)
+        self.storage.write(note_key(checkpoint, self._attempt, self._nnotes), [encode_record(note)], exclusive=True)
+        self._nnotes += 1
+        known = self._facts.get(checkpoint)
+        if known is not None:
+            self._facts[checkpoint] = CheckpointFacts(
+                id=known.id,
+                step=known.step,
+                epoch=known.epoch,
+                metrics={**known.metrics, **(metrics or {})},
+                tags=known.tags | set(tags),
+            )
+
+    def latest(self) -> CheckpointId | None:
+        """Return the newest checkpoint on the line that this process knows to be durable."""
+        return max(self._facts, default=None)
+
+    def best(self) -> tuple[CheckpointId, float] | None:
+        """Return the best checkpoint on the line, and its value of the monitored metric."""
+        if self.monitor is None:
+            return None
+        found = best(list(self._facts.values()), self.monitor.metric, self.monitor.mode)
+        return None if found is None else (CheckpointId.parse(found.id), found.metrics[self.monitor.metric])
+
+    def wait(self) -> None:
+        """Wait until the last save is durable.
+
+        Raises:
+            SaveFailedError, Fenced: It failed.
+        """
+        self._writer.wait()
+
+    def close(self, outcome: Outcome, *, step: int | None = None, error: str | None = None) -> None:
+        """Wait for the last save, delete what was only kept for readers, and record how the attempt ended. Idempotent.
+
+        Raises:
+            SaveFailedError, Fenced: The last save failed.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._writer.wait()
+        self._delete(self._dropping)
+        record_end(self.storage, self._attempt, outcome, step=step, error=error)
+
+    def _commit(
+        self,
+        checkpoint: CheckpointId,
+        files: Sequence[FilePayload],
+        fields: CheckpointFields,
+        began: float,
+        blocked_s: float,
+    ) -> None:
+        manifest = commit_checkpoint(self.storage, checkpoint, files, fields)
+        _log.info(
+            "saved step %d (%s): %.1f MB in %s; training blocked %.2f s, durable after %.2f s",
+            checkpoint.step,
+            fields.reason,
+            manifest.nbytes / 1e6,
+            self.storage.url,
+            blocked_s,
+            time.monotonic() - began,
+        )
+        self._known[checkpoint] = manifest
+        self._facts[checkpoint] = CheckpointFacts(
+            id=str(checkpoint),
+            step=checkpoint.step,
+            epoch=fields.epoch,
+            metrics=fields.metrics,
+            tags=frozenset(fields.tags),
+        )
+        self._retain()
+
+    def _retain(self) -> None:
+        dropped = {CheckpointId.parse(id) for id in plan(self._retention, list(self._facts.values())).drop}
+        # One save behind: a reader that has just resolved a reference can still read what it names.
+        self._delete(self._dropping & dropped)
+        self._dropping = dropped - self._dropping
+
+    def _delete(self, drop: set[CheckpointId]) -> None:
+        try:
+            catalog = Catalog(self.storage, known=self._known)
+            refuse_if_fenced(self.storage, self._attempt)
+            tips = abandoned_tips(catalog)
+            beside = {id for id in catalog.committed if not catalog.line.holds(id) and id not in tips}
+            delete_checkpoints(catalog, drop | {id for id in beside if not catalog.facts(id).tags})
+            collect_torn(catalog, self._attempt)
+        except CkptmgrError as error:
+            # The save itself is durable. What could not be deleted is tried again at the next one.
+            _log.warning("could not delete old checkpoints: %s", error)
+            return
+        for checkpoint in drop:
+            self._facts.pop(checkpoint, None)
+            self._known.pop(checkpoint, None)
+
+
+def _create_marker(storage: Storage) -> None:
+    marker = RunMarker(version=FORMAT_VERSION, run_id=secrets.token_hex(8), created_at=utc_now())
+    try:
+        storage.write(RUN_MARKER, [encode_record(marker)], exclusive=True)
+    except FileExistsError:
+        return  # Another process created the same run at the same moment.
+
+
+def _choose(catalog: Catalog, reference: Reference, names: Sequence[str] | None) -> LoadedCheckpoint:
+    """Load the checkpoint that a reference names; for ``latest`` the newest one that is whole."""
+    if reference.selector != "latest":
+        return _load(catalog, catalog.resolve(reference.selector), reference.run_dir, names)
+    failures: list[str] = []
+    for manifest in _candidates(catalog, failures):
+        try:
+            return _load(catalog, manifest, reference.run_dir, names)
+        except CorruptCheckpointError as error:
+            failures.append(f"{error.what}: {error.why}")
+            _log.warning("set aside the checkpoint of step %d: %s", manifest.step, error)
+    if failures:
+        raise CorruptCheckpointError(
+            f"none of the {len(failures)} checkpoints in {catalog.storage.url} is whole",
+            why="; ".join(failures),
+            next=f"`ckptmgr verify {catalog.storage.url}` names every damage; resume='never' starts from nothing",
+        )
+    raise CheckpointNotFoundError(
+        f"no committed checkpoint in {catalog.storage.url}",
+        next=f"`ckptmgr ls {catalog.storage.url}` shows what is there",
+    )
+
+
+def _candidates(catalog: Catalog, failures: list[str]) -> Iterator[Manifest]:
+    for checkpoint in reversed(catalog.on_line):
+        reason = catalog.why_not_intact(checkpoint)
+        if reason is None:
+            yield catalog.manifest(checkpoint)
+        else:
+            failures.append(f"{checkpoint}: {reason}")
+            _log.warning("set aside the checkpoint of step %d, which is not intact: %s", checkpoint.step, reason)
+
+
+def _load(catalog: Catalog, manifest: Manifest, run_dir: str, names: Sequence[str] | None) -> LoadedCheckpoint:
+    entries = load_entries(CheckpointReader(catalog.storage, manifest), names)
+    return LoadedCheckpoint(manifest, entries, run_dir)
