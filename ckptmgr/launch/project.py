@@ -36,12 +36,12 @@ def why_not_own_code(path: Path, root: Path) -> str | None:
     project: a record could name `pip`. Nor is anything in a run directory: whoever handed over the run could have put a
     script into it.
     """
+    if root == root.parent:
+        return f"the project would be the whole file system ({root}); change to the project's directory first"
     try:
         real, root = path.resolve(strict=True), root.resolve(strict=True)
     except (OSError, RuntimeError):
-        return f"{path} does not exist"
-    if root == root.parent:
-        return f"the project would be the whole file system ({root}); change to the project's directory first"
+        return f"{str(path)!r} does not exist"
     if real != root and root not in real.parents:
         return f"{real} lies outside of the project {root}"
     for prefix in {Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()} - {root}:

@@ -106,7 +106,7 @@ def relaunch_command(
         flags, dropped = _interpreter_flags(record, allow_command=allow_command)
     except _NotAllowed as error:
         raise ResumeRefusedError(
-            f"{run_dir} was not started by a program of this project",
+            f"the recorded start of {run_dir} is not repeated without being asked",
             why=error.args[0],
             next="read the recorded command, and if you want it, add --allow-command: " + shell_line(record.argv, env)
             if not allow_command
@@ -184,9 +184,9 @@ def _program(record: StartRecord, root: Path, workdir: Path, *, allow_command: b
     target = record.target or ""
     module = ("-m",) if record.kind == "module" else ()
     if record.kind == "module":
-        _check_module(target, root, workdir, allow_command=allow_command)
+        _check_module(target, root, [str(workdir), *sys.path], allow_command=allow_command)
     elif record.kind == "entry-point":
-        target = _console_script(target, root, workdir, allow_command=allow_command)
+        target = _console_script(target, root, allow_command=allow_command)
     else:
         target = _script(record, root, workdir, allow_command=allow_command)
     if record.launcher is None:
@@ -216,12 +216,14 @@ def _script(record: StartRecord, root: Path, workdir: Path, *, allow_command: bo
     raise _NotAllowed(reasons[0] if reasons else "the record does not say where its script lies")
 
 
-def _check_module(name: str, root: Path, workdir: Path, *, allow_command: bool) -> None:
+def _check_module(
+    name: str, root: Path, search: Sequence[str], *, allow_command: bool, is_program: bool = True
+) -> None:
     if not all(part.isidentifier() for part in name.split(".")):
         raise _NotAllowed(f"{_quote(name)} is no name of a module")
     if allow_command:
         return
-    for spec in _specs(name, workdir):
+    for spec in _specs(name, search, is_program=is_program):
         if spec.origin is not None and spec.has_location:
             reason = why_not_own_code(Path(spec.origin), root)
             if reason is not None:
@@ -230,33 +232,32 @@ def _check_module(name: str, root: Path, workdir: Path, *, allow_command: bool) 
             raise _NotAllowed(f"module {name} belongs to Python itself")
 
 
-def _specs(name: str, workdir: Path) -> list[ModuleSpec]:
-    # As `python -m` finds it, with the working directory first, but without importing the packages on the way.
+def _specs(name: str, search: Sequence[str], *, is_program: bool) -> list[ModuleSpec]:
+    # Every package on the way is executed too, so each is looked at. Nothing is imported to find them.
     top, *inner = name.split(".")
-    spec = PathFinder.find_spec(top, [str(workdir), *sys.path])
+    spec = PathFinder.find_spec(top, list(search))
     if spec is None:
         # Editable installs bring finders of their own. Finding a top-level module imports nothing.
         spec = find_spec(top) if top not in sys.modules else sys.modules[top].__spec__
     specs = [spec]
     found = top
-    while spec is not None and (inner or spec.submodule_search_locations is not None):
+    while spec is not None and (inner or (is_program and spec.submodule_search_locations is not None)):
         part = inner.pop(0) if inner else "__main__"
         found = f"{found}.{part}"
         spec = PathFinder.find_spec(found, list(spec.submodule_search_locations or ()))
         specs.append(spec)
-        if part == "__main__":
-            break
-    if any(spec is None for spec in specs):
-        raise _NotAllowed(f"module {name} is not found from {workdir}")
-    return [spec for spec in specs if spec is not None]
+    present = [spec for spec in specs if spec is not None]
+    if len(present) < len(specs):
+        raise _NotAllowed(f"module {found} is not found")
+    return present
 
 
-def _console_script(name: str, root: Path, workdir: Path, *, allow_command: bool) -> str:
+def _console_script(name: str, root: Path, *, allow_command: bool) -> str:
     found = [point for point in entry_points(group="console_scripts") if point.name == name]
     script = Path(sysconfig.get_path("scripts")) / name
     if not found or not script.is_file():
         raise _NotAllowed(f"the command {_quote(name)} is not installed in this environment")
-    _check_module(found[0].module, root, workdir, allow_command=allow_command)
+    _check_module(found[0].module, root, sys.path, allow_command=allow_command, is_program=False)
     return str(script)
 
 
