@@ -1,16 +1,17 @@
-"""Opens fsspec filesystems the way a checkpoint needs them: own instances, no cached listings."""
+"""fsspec filesystems the way a checkpoint needs them: own instances, no cached listings, no swallowed errors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fsspec.asyn import AsyncFileSystem
 from fsspec.core import url_to_fs
 from fsspec.spec import AbstractFileSystem
 
 from ckptmgr.errors import UsageError
 
-__all__ = ["open_filesystem"]
+__all__ = ["find_files", "open_filesystem"]
 
 _EXTRAS = {
     **dict.fromkeys(("s3", "s3a"), "s3"),
@@ -53,3 +54,33 @@ def open_filesystem(url: str, printable: str, options: Mapping[str, Any]) -> tup
             f"{printable} cannot be opened", why=str(cause), next="use a path, s3://, gs://, abfs:// or memory://"
         ) from cause
     return fs, str(path)
+
+
+def find_files(fs: AbstractFileSystem, path: str) -> Sequence[Mapping[str, Any]]:
+    """List everything below a path, at any depth; nothing for a path that does not exist.
+
+    Where a filesystem has no listing at any depth of its own, fsspec walks, and its walk turns a failing directory
+    into an empty one: after a refused login or a timeout a run would look as if it had no checkpoint.
+    """
+    if _finds_by_itself(fs):
+        try:
+            return [info for info in fs.find(path, detail=True).values() if info["type"] == "file"]
+        except FileNotFoundError:
+            return []
+    files = []
+    folders = [path]
+    while folders:
+        folder = folders.pop()
+        try:
+            listed = fs.ls(folder, detail=True)
+        except FileNotFoundError:
+            continue  # another process may delete while we look
+        files += [info for info in listed if info["type"] == "file"]
+        folders += [info["name"] for info in listed if info["type"] == "directory" and info["name"] != folder]
+    return files
+
+
+def _finds_by_itself(fs: AbstractFileSystem) -> bool:
+    if isinstance(fs, AsyncFileSystem):
+        return type(fs)._find is not AsyncFileSystem._find
+    return type(fs).find is not AbstractFileSystem.find

@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any, TypeAlias, TypeVar
 
-from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
@@ -19,7 +18,7 @@ from ckptmgr.errors import StorageError, UsageError
 from ckptmgr.format.layout import check_key
 from ckptmgr.storage.exclusive import creates_exclusively
 from ckptmgr.storage.failures import storage_error
-from ckptmgr.storage.filesystem import open_filesystem
+from ckptmgr.storage.filesystem import find_files, open_filesystem
 from ckptmgr.storage.protocol import Buffer, Entry
 from ckptmgr.storage.redact import Redactor, printable_url
 from ckptmgr.storage.transient import retrying
@@ -92,17 +91,13 @@ class FsspecStorage:
         if prefix:
             check_key(prefix[:-1])
         fs = self._filesystem()
-        options = {"on_error": _raise_unless_missing} if _finds_by_walking(fs) else {}
         path = f"{self._root}/{prefix}".rstrip("/")
-        try:
-            found = self._run("list", None, lambda: fs.find(path, detail=True, **options))
-        except FileNotFoundError:
-            return []
         base = f"{self._root}/"
         entries = []
-        for name, info in found.items():
+        for info in self._run("list", None, lambda: find_files(fs, path)):
+            name = info["name"]
             key = name.removeprefix(base)
-            if info["type"] == "file" and name.startswith(base) and key.startswith(prefix) and _is_key(key):
+            if name.startswith(base) and key.startswith(prefix) and _is_key(key):
                 entries.append(Entry(key, int(info["size"] or 0)))
         return sorted(entries)
 
@@ -332,18 +327,6 @@ def _gather(key: str, parts: Iterable[Buffer]) -> bytes:
         if len(gathered) > _EXCLUSIVE_NBYTES:
             raise UsageError(f"{key!r} is too large for an exclusive create", why="only one request can be exclusive")
     return bytes(gathered)
-
-
-def _finds_by_walking(fs: AbstractFileSystem) -> bool:
-    if isinstance(fs, AsyncFileSystem):
-        return type(fs)._find is AsyncFileSystem._find
-    return type(fs).find is AbstractFileSystem.find
-
-
-def _raise_unless_missing(error: BaseException) -> None:
-    # fsspec's walk swallows every error by default: a refused login would look like an empty run.
-    if not isinstance(error, FileNotFoundError):
-        raise error
 
 
 def _is_key(text: str) -> bool:
