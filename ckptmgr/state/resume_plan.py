@@ -47,7 +47,9 @@ def plan_resume(state: Mapping[str, Any], loader: Any, *, on_resume: OnResume) -
         on_resume: What the user wants.
     """
     saved, live = state["facts"], describe_loader(loader)
-    if state["epoch_start"] is None or state["is_exhausted"] or differences(saved, live):
+    if state["epoch_start"] is None or state["is_exhausted"]:
+        return ResumePlan("boundary")
+    if state["is_last_batch"] and differences(saved, live):
         return ResumePlan("boundary")
     why_only_read = _why_only_read(loader, state) if state["batch"] else None
     if why_only_read is not None:

@@ -26,6 +26,7 @@ from torch.utils.data import (
 )
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from ckptmgr.errors import StateMismatchError, UsageError
 from ckptmgr.state.data_position import DataPosition
 from ckptmgr.state.per_sample_seed import PerSampleSeed
 from ckptmgr.state.rng import capture_rng, same_rng
@@ -39,6 +40,8 @@ NBATCHES = 5
 EPOCHS = 3
 # In batches since the start: nothing yet, the first, the middle, the last but one and the last of an epoch, later ones.
 STOPS = (0, 1, 3, 4, 5, 6, 8, 10, 14, 15)
+# Starting workers takes time.
+FEW_STOPS = (0, 1, 4, 5, 8, 10)
 
 
 class Augmented(Dataset[Any]):
@@ -335,7 +338,7 @@ def check_every_stop(make: Factory, *, stops: tuple[int, ...] = STOPS) -> dict[i
 
 @pytest.mark.parametrize("name", SILENT)
 def test_every_stop_resumes_exactly_and_silently(name: str) -> None:
-    said = check_every_stop(SILENT[name])
+    said = check_every_stop(SILENT[name], stops=FEW_STOPS if "workers" in name else STOPS)
     assert not any(said.values()), said
 
 
@@ -388,3 +391,303 @@ def test_a_stateful_loader_over_a_stateless_stream_is_read_again(nworkers: int) 
     said = check_every_stop(make, stops=(0, 3, 5, 8))
     assert said[5] == []
     assert said[8][0] == "replaying 3 batches of epoch 1 because SizedStream has no state_dict() of its own"
+
+
+def test_an_uninterrupted_iteration_is_the_plain_loop() -> None:
+    scramble(0)
+    loader = DataLoader(Augmented(), batch_size=BATCH, shuffle=True)
+    expected = []
+    for _ in range(EPOCHS):
+        for batch in loader:
+            expected.append(fingerprint(batch))
+            train_step(batch)
+    end = capture_rng()
+    scramble(0)
+    seen, rng = finish(start(SILENT["shuffle"]))
+    assert [entry[3] for entry in seen] == expected
+    assert same_rng(rng, end)
+
+
+def test_taking_positions_changes_nothing() -> None:
+    for make in (SILENT["shuffle"], SILENT["stateful, shuffle"], SILENT["shared generator"]):
+        scramble(0)
+        alone, rng = finish(start(make))
+        seen, end, _ = record(make)
+        assert alone == seen
+        assert same_rng(rng, end)
+
+
+def test_epoch_batch_and_last_batch_tell_where_the_position_is() -> None:
+    seen, _ = finish(start(SILENT["shuffle"]))
+    assert [entry[:3] for entry in seen[3:7]] == [(0, 4, False), (0, 5, True), (1, 1, False), (1, 2, False)]
+
+
+def test_persistent_workers_of_an_augmenting_data_set_are_exact_in_their_first_epoch_only() -> None:
+    make = functools.partial(
+        DataLoader, Augmented(), batch_size=BATCH, shuffle=True, **workers(2, persistent_workers=True)
+    )
+    seen, rng, saves = record(make)
+    said: list[str] = []
+    rest, end = finish(resume(make, saves[3], said))
+    assert rest == seen[3:]
+    assert same_rng(end, rng)
+    assert len(said) == 1
+    assert said[0].startswith("replaying 3 batches of epoch 0 because Augmented may draw")
+
+    said.clear()
+    rest, end = finish(resume(make, saves[8], said))
+    assert said[0].startswith("not exact: the workers had lived through earlier epochs, and Augmented may draw")
+    # The samples and the RNG of the training process are right; only the augmentation is not.
+    assert indices(rest) == indices(seen[8:])
+    assert same_rng(end, rng)
+
+
+def indices(seen: list[Any]) -> list[Any]:
+    return [[row[0] for row in entry[3][0]] for entry in seen]
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), (1, 2)])
+def test_a_changed_number_of_workers_is_exact_where_no_sample_depends_on_them(before: int, after: int) -> None:
+    def make(nworkers: int) -> Factory:
+        return lambda: DataLoader(PerSampleSeed(Augmented()), batch_size=BATCH, shuffle=True, **workers(nworkers))
+
+    seen, _, saves = record(make(before))
+    said: list[str] = []
+    rest, _ = finish(resume(make(after), saves[8], said))
+    assert rest == seen[8:]
+    assert said == []
+
+
+def test_a_changed_number_of_workers_is_said_where_samples_may_depend_on_them() -> None:
+    seen, _, saves = record(SILENT["shuffle"])
+    said: list[str] = []
+    rest, _ = finish(resume(REPLAYED["2 workers"], saves[8], said))
+    assert said[0].startswith("not exact: num_workers was 0 and is 2, and Augmented may draw random numbers")
+    assert indices(rest)[:2] == indices(seen[8:])[:2]
+
+
+def test_skip_on_request_does_not_read_again_and_says_what_is_lost() -> None:
+    seen, rng, saves = record(REPLAYED["2 workers"])
+    said: list[str] = []
+    rest, end = finish(resume(REPLAYED["2 workers"], saves[8], said, on_resume="skip"))
+    assert said[0].startswith("not exact: on_resume='skip', and Augmented may draw")
+    assert indices(rest) == indices(seen[8:])
+    assert rest[2:] == seen[10:]
+    assert same_rng(end, rng)
+
+
+def test_replay_on_request_reads_again() -> None:
+    seen, rng, saves = record(SILENT["shuffle"])
+    said: list[str] = []
+    rest, end = finish(resume(SILENT["shuffle"], saves[8], said, on_resume="replay"))
+    assert said[0] == "replaying 3 batches of epoch 1 because on_resume='replay'"
+    assert rest == seen[8:]
+    assert same_rng(end, rng)
+
+
+def changed_loaders() -> dict[str, Factory]:
+    return {
+        "batch_size is 4 in the checkpoint, 5": lambda: DataLoader(Augmented(), batch_size=5, shuffle=True),
+        "dataset_length is 19 in the checkpoint, 18": lambda: DataLoader(
+            Subset(Augmented(), range(18)), batch_size=BATCH, shuffle=True
+        ),
+        "drop_last is False in the checkpoint, True": lambda: DataLoader(
+            Augmented(), batch_size=BATCH, shuffle=True, drop_last=True
+        ),
+        "SequentialSampler": lambda: DataLoader(Augmented(), batch_size=BATCH),
+        "kind is map in the checkpoint, read": lambda: [1, 2, 3],
+        "sample_seed is None in the checkpoint, 3": lambda: DataLoader(
+            PerSampleSeed(Augmented(), seed=3), batch_size=BATCH, shuffle=True
+        ),
+    }
+
+
+@pytest.mark.parametrize("what", changed_loaders())
+def test_another_loader_is_refused_in_mid_epoch_and_named_at_its_end(what: str) -> None:
+    make = changed_loaders()[what]
+    _, _, saves = record(SILENT["shuffle"])
+    with pytest.raises(StateMismatchError, match=what):
+        resume(make, saves[8], [])
+    said: list[str] = []
+    position = resume(make, saves[10], said)
+    next(position)
+    assert what in said[0]
+    assert (position.epoch, position.batch) == (2, 1)
+
+
+def test_a_longer_training_goes_on_from_a_finished_one() -> None:
+    for make in (SILENT["shuffle"], SILENT["stateful, stream"], SILENT["2 persistent workers, plain data, generator"]):
+        scramble(0)
+        longer = DataPosition(make(), epochs=EPOCHS + 1, notify=print)
+        expected, end = finish(longer)
+        scramble(0)
+        position = start(make)
+        finish(position)
+        save = (position.state_dict(), capture_rng())
+        finished = resume(make, save, [])
+        assert finish(finished)[0] == []
+        again = (finished.state_dict(), capture_rng())
+        for one in (save, again):
+            scramble(99)
+            position = DataPosition(make(), epochs=EPOCHS + 1, notify=print)
+            position.load_state_dict(one[0], rng=one[1])
+            rest, rng = finish(position)
+            assert rest == expected[-len(rest) :]
+            assert rest[0][:2] == (EPOCHS, 1)
+            assert same_rng(rng, end)
+
+
+def test_the_end_of_an_epoch_can_be_saved_where_nobody_knows_it_beforehand() -> None:
+    saves: list[Any] = []
+    scramble(0)
+    position = DataPosition(
+        DataLoader(Stream(), batch_size=BATCH),
+        epochs=EPOCHS,
+        notify=print,
+        on_epoch_end=lambda epoch: saves.append((epoch, position.state_dict(), capture_rng())),
+    )
+    seen, rng = finish(position)
+    assert [epoch for epoch, *_ in saves] == [0, 1, 2]
+    said: list[str] = []
+    rest, end = finish(resume(lambda: DataLoader(Stream(), batch_size=BATCH), saves[0][1:], said))
+    assert rest == seen[5:]
+    assert same_rng(end, rng)
+    assert said == []
+
+
+def test_an_epoch_end_that_was_not_announced_yet_is_announced_after_the_resume() -> None:
+    for make in (SILENT["shuffle"], REPLAYED["list"]):
+        _, _, saves = record(make)
+        ended: list[int] = []
+        rest = resume(make, saves[5], [], on_epoch_end=ended.append)
+        finish(rest)
+        assert ended == [0, 1, 2]
+
+
+def test_a_position_that_was_not_carried_out_yet_can_be_saved_again() -> None:
+    _, _, saves = record(SILENT["shuffle"])
+    position = resume(SILENT["shuffle"], saves[8], [])
+    assert position.state_dict() == saves[8][0]
+    assert (position.epoch, position.batch) == (1, 3)
+
+
+def test_without_rng_the_random_numbers_of_the_moment_are_kept() -> None:
+    seen, _, saves = record(SILENT["shuffle"])
+    position = start(SILENT["shuffle"])
+    position.load_state_dict(saves[8][0])
+    before = capture_rng()
+    batch = next(position)
+    assert batch[:, 0].tolist() == indices(seen)[8]
+    assert not same_rng(before, capture_rng())
+
+
+def test_a_state_holds_nothing_but_bytes_and_json_values() -> None:
+    def check(tree: Any) -> None:
+        if isinstance(tree, dict):
+            assert all(isinstance(key, str) for key in tree)
+            for value in tree.values():
+                check(value)
+        elif isinstance(tree, list):
+            for value in tree:
+                check(value)
+        elif isinstance(tree, torch.Tensor):
+            assert tree.dtype == torch.uint8
+        else:
+            assert tree is None or isinstance(tree, bool | int | float | str)
+
+    for name in ("shared generator", "own generators", "2 persistent workers, plain data, generator"):
+        _, _, saves = record(SILENT[name])
+        for state, rng in saves:
+            check(state)
+            check(rng)
+
+
+class CountsEpochs(Sampler[int]):
+    """Shuffles by a number that nobody restores."""
+
+    def __init__(self) -> None:
+        self.nepochs = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.nepochs += 1
+        return iter(torch.randperm(NSAMPLES, generator=torch.Generator().manual_seed(self.nepochs)).tolist())
+
+    def __len__(self) -> int:
+        return NSAMPLES
+
+
+def test_a_number_that_nobody_restores_is_named() -> None:
+    def make() -> DataLoader[Any]:
+        return DataLoader(Augmented(), batch_size=BATCH, sampler=CountsEpochs())
+
+    _, _, saves = record(make)
+    said: list[str] = []
+    next(resume(make, saves[8], said))
+    assert len(said) == 1
+    assert said[0].startswith("perhaps not exact: sampler.sampler.nepochs was 2 in the run that saved and is 1 now")
+
+
+def test_a_sampler_that_draws_for_each_batch_is_named() -> None:
+    class Drawing(Sampler[int]):
+        def __iter__(self) -> Iterator[int]:
+            return (int(torch.randint(NSAMPLES, ())) for _ in range(NSAMPLES))
+
+        def __len__(self) -> int:
+            return NSAMPLES
+
+    said = check_every_stop(lambda: DataLoader(Augmented(), batch_size=BATCH, sampler=Drawing()), stops=(3, 8))
+    assert all(line.startswith("perhaps not exact: the sampler draws") for lines in said.values() for line in lines)
+    assert all(said.values())
+
+
+def test_what_is_not_exact_from_the_start_is_said_at_the_start() -> None:
+    said: list[str] = []
+    DataPosition(DataLoader(StatefulStream(), batch_size=BATCH), notify=said.append)
+    assert "StatefulStream has a state of its own" in said[0]
+    DataPosition(DataLoader(plain(), **workers(2, in_order=False)), notify=said.append)
+    assert "in_order=False" in said[1]
+
+
+def test_a_data_set_that_ends_early_leaves_the_rng_as_it_was() -> None:
+    _, _, saves = record(REPLAYED["list"])
+    batches = REPLAYED["list"]()
+    position = DataPosition(batches, epochs=EPOCHS, notify=print)
+    position.load_state_dict(saves[8][0], rng=saves[8][1])
+    del batches[2:]
+    before = capture_rng()
+    with pytest.raises(StateMismatchError, match="the loader ended after 2 batches, 3 of epoch 1"):
+        next(position)
+    assert same_rng(before, capture_rng())
+
+
+def test_a_position_of_another_version_is_refused() -> None:
+    with pytest.raises(StateMismatchError, match="version 99"):
+        start(SILENT["shuffle"]).load_state_dict({"version": 99})
+
+
+def test_a_running_iteration_cannot_be_moved() -> None:
+    position = start(SILENT["shuffle"])
+    next(position)
+    with pytest.raises(UsageError, match="before the first batch"):
+        position.load_state_dict(position.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("loader", "arguments", "match"),
+    [
+        (iter([1, 2]), {}, "list_iterator can be iterated only once"),
+        (3, {}, "int cannot be iterated"),
+        ([1, 2], {"on_resume": "skip"}, "on_resume='skip' is impossible with list"),
+        ([1, 2], {"on_resume": "never"}, "on_resume='never'"),
+        ([1, 2], {"epochs": -1}, "epochs=-1"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(loader: Any, arguments: dict[str, Any], match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        DataPosition(loader, notify=print, **arguments)
+
+
+def test_an_empty_loader_ends_or_is_refused_when_it_never_would() -> None:
+    assert list(DataPosition([], epochs=2, notify=print)) == []
+    with pytest.raises(UsageError, match="gave no batch"):
+        next(DataPosition([], notify=print))
