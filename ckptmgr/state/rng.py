@@ -106,8 +106,10 @@ def restore_rng(tree: Mapping[str, Any]) -> list[str]:
     random.setstate(python)
     np.random.set_state(numpy_state)
     torch.set_rng_state(torch_state)
+    if cuda:
+        # Else torch queues the states until CUDA starts, and then lets a queued torch.manual_seed overwrite them.
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     for i, state in cuda.items():
-        # Queued by torch until CUDA starts, so that restoring does not start CUDA either.
         torch.cuda.set_rng_state(state, i)
     if mps is not None:
         torch.mps.set_rng_state(_uint8(mps, "mps"))
