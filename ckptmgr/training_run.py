@@ -26,7 +26,7 @@ from ckptmgr.run.clock import utc_now
 from ckptmgr.run.commit import CheckpointFields, commit_checkpoint
 from ckptmgr.run.environment import recorded_versions
 from ckptmgr.run.lineage import claim_attempt, record_end, record_line, refuse_if_fenced
-from ckptmgr.run.prune import abandoned_tips, collect_torn, delete_checkpoints
+from ckptmgr.run.prune import abandoned_tips, collect_temporary, collect_torn, delete_checkpoints
 from ckptmgr.run.reader import CheckpointReader
 from ckptmgr.run.reference import Reference, parse_reference
 from ckptmgr.state.capture import CapturedEntry, dry_check
@@ -360,9 +360,14 @@ class TrainingRun:
             catalog = Catalog(self.storage, known=self._known)
             refuse_if_fenced(self.storage, self._attempt)
             tips = abandoned_tips(catalog)
-            beside = {id for id in catalog.committed if not catalog.line.holds(id) and id not in tips}
-            delete_checkpoints(catalog, drop | {id for id in beside if not catalog.facts(id).tags})
+            beside = {
+                id
+                for id in catalog.committed
+                if not (catalog.line.holds(id) or id in tips or catalog.why_not_intact(id) or catalog.facts(id).tags)
+            }
+            delete_checkpoints(catalog, drop | beside)
             collect_torn(catalog, self._attempt)
+            collect_temporary(catalog, self._attempt)
         except CkptmgrError as error:
             # The save itself is durable. What could not be deleted is tried again at the next one.
             _log.warning("could not delete old checkpoints: %s", error)

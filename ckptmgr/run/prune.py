@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError
-from ckptmgr.format.layout import CheckpointId, manifest_key
+from ckptmgr.format.layout import CheckpointId, manifest_key, parse_attempt_key, parse_checkpoint_key
 from ckptmgr.format.manifest import Manifest
 from ckptmgr.run.catalog import Catalog
+from ckptmgr.storage.protocol import HoldsTemporary
 
-__all__ = ["abandoned_tips", "collect_torn", "delete_checkpoints"]
+__all__ = ["abandoned_tips", "collect_temporary", "collect_torn", "delete_checkpoints"]
 
 
 def delete_checkpoints(catalog: Catalog, drop: Iterable[CheckpointId]) -> None:
@@ -44,6 +45,26 @@ def collect_torn(catalog: Catalog, attempt: int) -> None:
             for name in sorted(catalog.files_of(checkpoint)):
                 if checkpoint.folder + name not in kept_paths:
                     catalog.storage.delete(checkpoint.folder + name)
+
+
+def collect_temporary(catalog: Catalog, attempt: int) -> None:
+    """Remove the temporary files of writes that were cut off, where the storage leaves such files.
+
+    Args:
+        catalog: The run.
+        attempt: The newest attempt, which this process owns and for which it is writing nothing at this moment. What a
+            newer one may be writing, its claim above all, is left alone.
+    """
+    if not isinstance(catalog.storage, HoldsTemporary):
+        return
+    for entry in catalog.storage.list_temporary():
+        folder = entry.key.rpartition("/")[0]
+        owner = parse_attempt_key(f"{folder}/claim.json") or parse_checkpoint_key(f"{folder}/manifest.json")
+        if folder and owner is None:
+            continue
+        number = 0 if owner is None else owner[0].attempt if isinstance(owner[0], CheckpointId) else owner[0]
+        if number <= attempt:
+            catalog.storage.delete_temporary(entry.key)
 
 
 def abandoned_tips(catalog: Catalog) -> dict[CheckpointId, str]:

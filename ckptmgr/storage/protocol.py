@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
-__all__ = ["Buffer", "Entry", "Storage"]
+__all__ = ["Buffer", "Entry", "HoldsTemporary", "Storage"]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -74,4 +74,17 @@ class Storage(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove an object durably. A missing one is no error."""
+        ...
+
+
+@runtime_checkable
+class HoldsTemporary(Protocol):
+    """A storage in which a write that was cut off leaves a temporary object behind."""
+
+    def list_temporary(self, prefix: str = "") -> Sequence[Entry]:
+        """List the temporary objects: what cut-off writes have left, and what running ones are writing."""
+        ...
+
+    def delete_temporary(self, key: str) -> None:
+        """Remove one of them. Only for writers that are known to be gone, or fenced."""
         ...
