@@ -44,7 +44,9 @@ class S3Server:
         return f"s3://{self.bucket}/{uuid.uuid4().hex}/run"
 
     def request(self, path: str, method: str = "GET", body: bytes | None = None) -> bytes:
-        with urllib.request.urlopen(urllib.request.Request(self.endpoint + path, data=body, method=method)) as reply:
+        request = urllib.request.Request(self.endpoint + path, data=body, method=method)
+        request.add_header("Content-Type", "text/plain")
+        with urllib.request.urlopen(request) as reply:
             return bytes(reply.read())
 
 
