@@ -1,0 +1,201 @@
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ckptmgr import training_run
+from ckptmgr.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    Fenced,
+    SaveFailedError,
+    UnsupportedStateError,
+)
+from ckptmgr.format.layout import CheckpointId
+from ckptmgr.policy.retention import KeepAll, KeepBest, KeepLast, KeepTagged, RetentionPolicy, Union
+from ckptmgr.run.catalog import Catalog
+from ckptmgr.state.capture import capture_state
+from ckptmgr.storage.local import LocalStorage
+from ckptmgr.testing.faulty import FaultyStorage
+from ckptmgr.training_run import Monitor, TrainingRun, load_checkpoint
+
+
+def open_run(root: Path, *, resume: str = "auto", retention: RetentionPolicy | None = None) -> TrainingRun:
+    run = TrainingRun.open(
+        str(root), resume=resume, retention=retention or KeepAll(), monitor=Monitor("loss"), background=True
+    )
+    run.accept()
+    return run
+
+
+def save(run: TrainingRun, step: int, **fields: object) -> CheckpointId:
+    state = capture_state({"a": {"x": torch.full((4,), float(step))}})
+    return run.save(state, step=step, reason="test", wait=True, **fields)  # type: ignore[arg-type]
+
+
+def flip_last_byte(root: Path, step: int, name: str) -> None:
+    (path,) = root.glob(f"checkpoints/{step:010d}-*/{name}")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    root = tmp_path / "run"
+    run = open_run(root)
+    for step, loss in ((10, 0.3), (20, 0.1), (30, 0.2)):
+        save(run, step, metrics={"loss": loss}, tags=["warm"] if step == 10 else [])
+    run.close("finished")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("resume", "step"), [("auto", 30), ("must", 30), ("best", 20), ("20", 20), ("warm", 10), ("never", None)]
+)
+def test_resume_chooses_what_to_continue(root: Path, resume: str, step: int | None) -> None:
+    run = open_run(root, resume=resume)
+    assert (run.continued.manifest.step if run.continued else None) == step
+    if run.continued:
+        assert torch.equal(run.continued.entries["a"].tree["x"], torch.full((4,), float(step or 0)))
+    run.close("finished")
+
+
+@pytest.mark.parametrize("resume", ["must", "1200", "best"])
+def test_a_run_that_must_be_there_and_is_not_is_not_created(tmp_path: Path, resume: str) -> None:
+    with pytest.raises(CheckpointNotFoundError):
+        open_run(tmp_path / "other", resume=resume)
+    assert not (tmp_path / "other").exists()
+
+
+def test_going_back_to_an_older_step_leaves_the_abandoned_end_to_be_found(root: Path) -> None:
+    run = open_run(root, resume="10", retention=KeepLast(1))
+    save(run, 11)
+    run.close("finished")
+    catalog = Catalog(LocalStorage(root))
+    assert [id.step for id in catalog.on_line] == [11]
+    assert catalog.resolve("0000000030-000001-000002").step == 30
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_newest_checkpoint_is_set_aside_loudly(
+    root: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    flip_last_byte(root, 30, name)
+    run = open_run(root)
+    assert run.continued is not None
+    assert run.continued.manifest.step == 20
+    assert "set aside the checkpoint of step 30" in caplog.text
+    save(run, 25)
+    run.close("finished")
+    assert load_checkpoint(str(root)).manifest.step == 25
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_silently_started_anew(root: Path) -> None:
+    for step in (10, 20, 30):
+        flip_last_byte(root, step, "a.safetensors")
+    with pytest.raises(CorruptCheckpointError, match="none of the 3 checkpoints"):
+        open_run(root)
+    run = open_run(root, resume="never")
+    assert run.continued is None
+    run.close("finished")
+
+
+def test_a_damaged_checkpoint_that_was_named_is_not_replaced_by_another(root: Path) -> None:
+    flip_last_byte(root, 20, "a.safetensors")
+    with pytest.raises(CorruptCheckpointError, match="'x'"):
+        open_run(root, resume="20")
+
+
+def test_the_process_that_was_taken_over_is_told_and_loses_nothing(tmp_path: Path) -> None:
+    one = open_run(tmp_path)
+    save(one, 1)
+    two = open_run(tmp_path)
+    save(two, 2)
+    with pytest.raises(Fenced, match="attempt 2 took it over"):
+        save(one, 500)
+    save(two, 3)
+    two.close("finished")
+    assert load_checkpoint(str(tmp_path)).manifest.step == 3
+
+
+def test_a_failure_in_the_background_surfaces_at_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = LocalStorage(tmp_path)
+    faulty: list[FaultyStorage] = []
+
+    def open_faulty(*_: object, **__: object) -> FaultyStorage:
+        faulty.append(FaultyStorage(inner))
+        return faulty[-1]
+
+    monkeypatch.setattr(training_run, "open_storage", open_faulty)
+    run = open_run(tmp_path)
+    save(run, 1)
+    faulty[0]._fail_at = len(faulty[0].points) + 3
+    state = capture_state({"a": {"x": torch.zeros(4)}})
+    run.save(state, step=2, reason="test")
+    with pytest.raises(SaveFailedError, match="the save of step 2 failed") as caught:
+        run.save(state, step=3, reason="test")
+    assert caught.value.__cause__ is not None
+    assert "No space left" in str(caught.value.__cause__)
+    run.save(state, step=4, reason="test", wait=True)
+    run.close("finished")
+    assert load_checkpoint(str(tmp_path)).manifest.step == 4
+
+
+def test_the_snapshot_does_not_change_when_training_goes_on(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    x = torch.zeros(1_000_000)
+    for step in range(1, 6):
+        x.fill_(step)
+        run.save(capture_state({"a": {"x": x}}), step=step, reason="test")
+        x.fill_(-1)
+    run.close("finished")
+    for step in range(1, 6):
+        assert load_checkpoint(f"{tmp_path}@{step}").entries["a"].tree["x"].eq(step).all()
+
+
+def test_retention_keeps_what_has_a_reason(tmp_path: Path) -> None:
+    run = open_run(tmp_path, retention=Union(KeepLast(2), KeepBest(1, "loss", "min"), KeepTagged()))
+    for step in range(1, 9):
+        save(run, step, metrics={"loss": abs(step - 3)}, tags=["pin"] if step == 2 else [])
+    run.close("finished")
+    assert [id.step for id in Catalog(LocalStorage(tmp_path)).on_line] == [2, 3, 7, 8]
+    best = run.best()
+    assert best is not None
+    assert (best[0].step, best[1]) == (3, 0.0)
+
+
+def test_a_metric_that_arrives_after_the_commit_counts(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    first = save(run, 1, metrics={"loss": 1.0})
+    second = save(run, 2)
+    run.annotate(second, metrics={"loss": 0.5}, tags=["good"])
+    run.close("finished")
+    assert run.best() == (second, 0.5)
+    assert first != second
+    assert load_checkpoint(f"{tmp_path}@best").manifest.step == 2
+    assert load_checkpoint(f"{tmp_path}@good").manifest.step == 2
+
+
+def test_a_value_that_cannot_be_stored_is_told_at_the_first_save(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    with pytest.raises(UnsupportedStateError, match="a/x"):
+        run.save(capture_state({"a": {"x": object()}}), step=1, reason="test")
+    run.close("failed")
+
+
+def test_reading_claims_nothing(root: Path) -> None:
+    before = sorted(path.name for path in (root / "attempts").iterdir())
+    load_checkpoint(f"{root}@best")
+    assert sorted(path.name for path in (root / "attempts").iterdir()) == before
+
+
+def test_each_save_says_what_it_cost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="ckptmgr"):
+        run = open_run(tmp_path)
+        save(run, 7)
+        run.close("finished")
+    assert "saved step 7 (test)" in caplog.text
+    assert "durable after" in caplog.text
