@@ -207,11 +207,15 @@ class Checkpointer:
             StateMismatchError: The loader is not the one that the position was saved with.
         """
         self._open_run()
-        data = DataPosition(loader, epochs=epochs, on_resume=on_resume, notify=_log.warning)
+        data = DataPosition(
+            loader, epochs=epochs, on_resume=on_resume, notify=_log.warning, on_epoch_end=self._save_at_epoch_end
+        )
         if self._loaded_data is not None:
             position, rng = self._loaded_data
             self._loaded_data = None
             data.load_state_dict(position, rng=rng)
+            if data.is_last_batch and epochs is not None and data.epoch + 1 >= epochs:
+                _log.warning("%s is finished: all %d epochs were trained by step %d", self._run_dir, epochs, self._step)
         self._data = data
         return iter(data)
 
@@ -238,16 +242,7 @@ class Checkpointer:
         if step == self._step:
             return
         self._step = step
-        moment = Moment(
-            step=step,
-            epoch=self._data.epoch if self._data else None,
-            is_epoch_end=bool(self.is_last_batch),
-            last_saved_step=self._last_saved_step,
-            seconds_since_save=time.monotonic() - self._last_saved_at,
-            metrics=self._metrics,
-            seen=self._open_run().seen,
-            signalled=self._signal is not None and self._signal.received is not None,
-        )
+        moment = self._moment(is_epoch_end=bool(self.is_last_batch))
         reason = self._trigger.reason_to_save(moment)
         if reason is not None:
             self._save(reason)
@@ -346,6 +341,26 @@ class Checkpointer:
         self._metrics = dict(own[_PROGRESS].tree["metrics"])
         _log.info("resumed %s from step %d", self._run_dir, self._step)
 
+    def _moment(self, *, is_epoch_end: bool = False, failed: bool = False) -> Moment:
+        return Moment(
+            step=self._step,
+            epoch=self._data.epoch if self._data else None,
+            is_epoch_end=is_epoch_end,
+            last_saved_step=self._last_saved_step,
+            seconds_since_save=time.monotonic() - self._last_saved_at,
+            metrics=self._metrics,
+            seen=self._open_run().seen,
+            signalled=self._signal is not None and self._signal.received is not None,
+            failed=failed,
+        )
+
+    def _save_at_epoch_end(self, epoch: int) -> None:
+        # A loader without a length shows the end of an epoch only when it is asked for one batch more.
+        if self.is_last_batch is None and self._step > self._last_saved_step:
+            reason = self._trigger.reason_to_save(self._moment(is_epoch_end=True))
+            if reason is not None:
+                self._save(reason)
+
     def _capture(self) -> list[CapturedEntry]:
         entries = capture_state(self._state)
         if self._data is not None:
@@ -374,9 +389,8 @@ class Checkpointer:
     def _save_after(self, error: BaseException) -> None:
         outcome: Literal["failed", "preempted"] = "preempted" if isinstance(error, Preempted) else "failed"
         try:
-            moment = Moment(step=self._step, last_saved_step=self._last_saved_step, failed=True)
             if self._boundary is not None and self._step > self._last_saved_step:
-                reason = self._trigger.reason_to_save(moment)
+                reason = self._trigger.reason_to_save(self._moment(failed=True))
                 entries = self._boundary.entries()
                 if reason is not None and entries is None:
                     _log.warning("the exception came while an optimizer step was under way: nothing is saved")

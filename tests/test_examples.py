@@ -1,0 +1,63 @@
+"""Every example and every block of the README does what it says."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def run(*argv: str, cwd: Path) -> str:
+    done = subprocess.run(argv, cwd=cwd, env={**os.environ, "PYTHONWARNINGS": "ignore"}, capture_output=True, text=True)
+    assert done.returncode == 0, f"{shlex.join(argv)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ["lightning_fit.py", "plain_pytorch.py"])
+def test_an_example_trains_and_says_so_when_it_is_started_again(name: str, tmp_path: Path) -> None:
+    for _ in range(2):
+        run(sys.executable, str(ROOT / "examples" / name), cwd=tmp_path)
+
+
+def test_the_demo_proves_that_nothing_was_lost(tmp_path: Path) -> None:
+    out = run(sys.executable, "examples/resume_after_kill.py", cwd=ROOT)
+    assert "bit-identical to the uninterrupted run: yes" in out
+    assert "samples repeated: 0, samples skipped: 0" in out
+
+
+def test_examples_are_short() -> None:
+    assert {
+        path.name: len(path.read_text().splitlines()) for path in EXAMPLES if len(path.open().readlines()) > 80
+    } == {}
+
+
+def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
+    assert {kind for kind, _ in blocks} == {"console", "python"}
+    commands = 0
+    for kind, text in blocks:
+        if kind == "python":
+            run(sys.executable, "-c", text, cwd=tmp_path)
+    for kind, text in blocks:
+        for line in text.splitlines() if kind == "console" else []:
+            command = line.removeprefix("$ ").split("#")[0].strip()
+            if command.startswith("ckptmgr "):
+                commands += 1
+                run(sys.executable, "-m", *shlex.split(command), cwd=tmp_path)
+            else:
+                # `make demo` and `make test` are what runs this test.
+                assert command.split()[0] in ("git", "make"), line
+    assert commands >= 4
+
+
+def test_every_make_target_that_the_readme_names_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make (\w+)", README):
+        assert re.search(rf"^{target}:", makefile, re.M), target
