@@ -230,5 +230,11 @@ def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Say whether two dense tensors have the same dtype, shape and bits; NaNs are compared by their bits too."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
-    first, second = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second))
-    return torch.equal(first, second)
+    return torch.equal(_as_integers(first), _as_integers(second))
+
+
+def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.cpu().view(_BITS[tensor.dtype.itemsize])

@@ -97,7 +97,7 @@ def restored(state: Mapping[str, object], entries: Mapping[str, CapturedEntry]) 
 def bits(value: Any) -> Any:
     """Turn a nested value into one that is equal exactly if every bit of every tensor is."""
     if isinstance(value, torch.Tensor):
-        dense = value.detach().cpu().contiguous()
+        dense = value.detach().cpu().clone(memory_format=torch.contiguous_format) if value.numel() else torch.empty(0)
         return str(value.dtype), tuple(value.shape), dense.reshape(-1).view(torch.uint8).numpy().tobytes()
     if isinstance(value, Mapping):
         return {key: bits(item) for key, item in value.items()}
