@@ -56,6 +56,7 @@ class ModuleHandler:
         """Compare names, shapes, dtypes and ties, and tell the complete difference."""
         _refuse_unready(value)
         live, _ = _own_state(value)
+        memory = _live_memory(value)
         saved: dict[str, Any] = {**tree["tensors"], **tree.get("values", {})}
         differences = Differences("the module", next=_NEXT)
         differences.add_names("missing in the checkpoint", (name for name in live if name not in saved))
@@ -63,10 +64,9 @@ class ModuleHandler:
         for name, item in live.items():
             if name not in saved:
                 continue
-            if isinstance(item, torch.Tensor):
+            # Extra state, and what hooks compute, may change its shape: the module's own loading decides about it.
+            if isinstance(item, torch.Tensor) and memory_identity(item) in memory:
                 differences.add(tensor_difference(name, item, saved[name]))
-            elif isinstance(saved[name], torch.Tensor):
-                differences.add(f"{name!r} is a tensor in the checkpoint, a {type(item).__name__} now")
         differences.raise_if_any()
         for line in _tie_differences(live, saved):
             differences.add(line)
@@ -149,12 +149,16 @@ def _versions(module: nn.Module) -> dict[str, int]:
 
 def _loads_plainly(module: nn.Module, live: Mapping[str, Any]) -> bool:
     """Say whether copying into the tensors of the state dict is all that loading would do."""
-    memory = {memory_identity(tensor) for tensor in (*module.parameters(), *module.buffers())}
-    for item in live.values():
-        # A state dict that a hook computes holds copies: writing into them would change nothing.
-        if not isinstance(item, torch.Tensor) or memory_identity(item) not in memory | {None}:
-            return False
+    memory = _live_memory(module)
+    # A state dict that a hook computes holds copies: writing into them would change nothing.
+    if not all(isinstance(item, torch.Tensor) and memory_identity(item) in memory for item in live.values()):
+        return False
     return all(_is_plain(part) for part, _, _ in module_names(module))
+
+
+def _live_memory(module: nn.Module) -> set[tuple[object, ...] | None]:
+    """Identify the memory of all parameters and buffers; None stands for tensors without any."""
+    return {None, *(memory_identity(tensor) for tensor in (*module.parameters(), *module.buffers()))}
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import random
 from collections import OrderedDict, deque
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -306,6 +307,18 @@ def test_the_first_capture_closes_the_registry():
     registry.register(known)
     with pytest.raises(UsageError, match="too late"):
         registry.register(BoxHandler())
+
+
+def test_installed_packages_may_bring_handlers_and_the_program_overrides_them(monkeypatch):
+    class Installed(BoxHandler):
+        name = "installed-box"
+
+    point = SimpleNamespace(name="boxes", load=lambda: Installed)
+    monkeypatch.setattr("ckptmgr.state.handlers.entry_points", lambda *, group: [point])
+    registry = HandlerRegistry()
+    assert registry.find("box", Box(1)).name == "installed-box"
+    registry.register(BoxHandler())
+    assert registry.find("box", Box(1)).name == "test-box"
 
 
 @pytest.mark.parametrize("name", ["module", "test-box"])

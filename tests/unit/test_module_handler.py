@@ -184,6 +184,23 @@ def test_extra_state_travels_with_its_types():
     assert bits(live.weight) == bits(source.weight)
 
 
+def test_extra_state_that_is_a_tensor_may_have_grown():
+    class Growing(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.seen = torch.arange(size)
+
+        def get_extra_state(self):
+            return self.seen
+
+        def set_extra_state(self, state):
+            self.seen = state
+
+    live = Growing(1)
+    restored({"model": live}, saved({"model": Growing(5)}))
+    assert live.seen.tolist() == [0, 1, 2, 3, 4]
+
+
 def test_a_module_that_fails_while_loading_is_put_back():
     source = trained(WithExtraState())
     source.history = {1: (float("inf"), "a")}
