@@ -42,6 +42,7 @@ class LocalStorage:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = Path(os.path.abspath(Path(root).expanduser()))  # noqa: PTH100 - resolve() would follow links
         self._synced: set[tuple[str, ...]] = set()
+        self._unsynced: dict[Path, None] = {}
 
     @property
     def url(self) -> str:
@@ -193,19 +194,22 @@ class LocalStorage:
                 return os.open(self._root, _FOLDER)
             except FileNotFoundError:
                 self._synced.clear()
-        missing = []
         path = self._root
+        missing = []
         while not path.exists():
             missing.append(path)
             path = path.parent
+        # Kept until it is done: after a failure in between they are there, but not for certain.
+        self._unsynced.update(dict.fromkeys(reversed(missing)))
         for path in reversed(missing):
             path.mkdir(exist_ok=True)
-            parent = os.open(path.parent, _FOLDER)
-            try:
-                fsync(parent)
-            finally:
-                os.close(parent)
-        # Of a root that is already there the parent need not be ours to open.
+        for path in list(self._unsynced):
+            _fsync_folder(path.parent)
+            self._unsynced.pop(path, None)
+        if not missing:
+            # Another process may have made it just now. A parent that is closed to us cannot be that fresh.
+            with suppress(PermissionError):
+                _fsync_folder(self._root.parent)
         self._synced.add(())
         return os.open(self._root, _FOLDER)
 
@@ -308,6 +312,14 @@ class LocalStorage:
                     self._synced.discard(tuple(folders))
                     fsync(outer)
                 folders.pop()
+
+
+def _fsync_folder(path: Path) -> None:
+    folder = os.open(path, _FOLDER)
+    try:
+        fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _is_file_of(fd: int, name: str, folder: int) -> bool:

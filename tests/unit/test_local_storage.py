@@ -86,7 +86,26 @@ def test_a_directory_that_somebody_else_made_is_synchronised_once(
 ) -> None:
     (root / "a").mkdir()
     storage.write("a/b", [b"x"])
-    assert calls[0] == ("fsync", "run")
+    assert calls[:2] == [("fsync", root.parent.name), ("fsync", "run")]
+    calls.clear()
+    storage.write("a/c", [b"x"])
+    assert ("fsync", "run") not in calls
+
+
+def test_new_directories_are_synchronised_by_the_next_write_if_the_first_one_failed_to(
+    tmp_path: Path, calls: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = LocalStorage(tmp_path / "outer" / "run")
+
+    def failing(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        with pytest.raises(StorageError):
+            storage.write("a", [b"x"])
+    storage.write("a", [b"x"])
+    assert calls[:2] == [("fsync", tmp_path.name), ("fsync", "outer")]
 
 
 def test_a_delete_is_synchronised(storage: LocalStorage, calls: list[tuple[str, str]]) -> None:
