@@ -238,7 +238,7 @@ class Checkpointer:
                 next="continue from the number that resume() or restore() returned",
             )
         if metrics:
-            self._metrics = {name: float(value) for name, value in metrics.items()}
+            self._metrics = {name: _number(value) for name, value in metrics.items()}
         if step == self._step:
             return
         self._step = step
@@ -417,6 +417,11 @@ class Checkpointer:
                 next="call step = ckpt.resume() once, before the loop: it returns 0 on a fresh run",
             )
         return self._run
+
+
+def _number(value: float | torch.Tensor) -> float:
+    # A loss as it comes from forward: torch warns when a tensor with a gradient is converted.
+    return float(value.detach() if isinstance(value, torch.Tensor) else value)
 
 
 def _is_selector(reference: str) -> bool:

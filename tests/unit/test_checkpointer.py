@@ -141,6 +141,13 @@ def test_the_end_of_an_epoch_is_noticed_where_the_loader_has_no_length(tmp_path:
     assert steps(tmp_path / "run") == [6, 12]
 
 
+def test_a_loss_with_a_gradient_is_a_metric(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "run", {"model": nn.Linear(1, 1)}) as ckpt:
+        ckpt.resume()
+        ckpt.step(1, metrics={"loss": torch.tensor(0.5, requires_grad=True)})
+    assert Catalog(LocalStorage(tmp_path / "run")).latest().metrics == {"loss": 0.5}
+
+
 def test_the_last_step_is_saved_when_the_loop_ends(tmp_path: Path) -> None:
     Training(tmp_path / "run", every_n_steps=5).train()
     assert steps(tmp_path / "run") == [5, 10, 12]
