@@ -213,7 +213,7 @@ def _script(record: StartRecord, root: Path, workdir: Path, *, allow_command: bo
             is_absolute = Path(record.target or "").is_absolute()
             return str(script) if is_absolute else os.path.relpath(script.resolve(), workdir)
         reasons.append(reason)
-    raise _NotAllowed(reasons[0] if reasons else "the record does not say where its script lies")
+    raise _NotAllowed("; ".join(dict.fromkeys(reasons)) or "the record does not say where its script lies")
 
 
 def _check_module(

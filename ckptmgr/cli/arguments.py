@@ -1,0 +1,65 @@
+"""Arguments and options that commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+from ckptmgr.errors import UsageError
+from ckptmgr.run.catalog import Catalog
+from ckptmgr.run.reference import parse_reference
+from ckptmgr.storage.open import open_storage
+
+__all__ = ["OpenRun", "json_option", "open_run", "run_dir_argument"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRun:
+    """A run that a command was given.
+
+    Attributes:
+        run_dir: As it was typed, without the selector.
+        selector: What was typed after the ``@``; None where nothing was.
+        catalog: What the run holds.
+    """
+
+    run_dir: str
+    selector: str | None
+    catalog: Catalog
+
+
+def run_dir_argument(metavar: str) -> Callable[[F], F]:
+    """The argument that names a run, or a checkpoint of it."""
+    return click.argument("reference", metavar=metavar)
+
+
+def json_option() -> Callable[[F], F]:
+    """``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+def open_run(text: str, *, command: str | None = None) -> OpenRun:
+    """Open the run that an argument names.
+
+    Args:
+        text: ``RUN_DIR`` or ``RUN_DIR@SELECTOR``.
+        command: The command, where it takes no selector.
+
+    Raises:
+        RunNotFoundError: There is no run.
+        UsageError: A selector was given to a command that takes none.
+    """
+    reference = parse_reference(text)
+    selector = None if reference.run_dir == text else reference.selector
+    if command is not None and selector is not None:
+        raise UsageError(
+            f"ckptmgr {command} was given the checkpoint {text!r}",
+            why="it is about a whole run",
+            next=f"ckptmgr {command} {reference.run_dir}",
+        )
+    return OpenRun(reference.run_dir, selector, Catalog.of_existing_run(open_storage(reference.run_dir)))

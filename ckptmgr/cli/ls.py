@@ -1,0 +1,79 @@
+"""``ckptmgr ls``: the checkpoints of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from ckptmgr.cli.arguments import json_option, open_run, run_dir_argument
+from ckptmgr.cli.listing import CheckpointSummary, list_run
+
+__all__ = ["command"]
+
+
+@click.command(name="ls")
+@run_dir_argument("RUN_DIR")
+@json_option()
+def command(reference: str, as_json: bool) -> None:
+    """List the checkpoints of a run.
+
+    Checkpoints that are not on the line were written by an attempt that a later one went back behind, or by a process
+    that had already lost the run.
+    """
+    from ckptmgr.cli.output import format_age, format_metrics, format_nbytes, note, print_json, print_table
+
+    run = open_run(reference, command="ls")
+    listing = list_run(run.catalog)
+    if as_json:
+        print_json(
+            {
+                "run_dir": run.catalog.storage.url,
+                "run_id": listing.run_id,
+                "problem": listing.problem,
+                "checkpoints": [
+                    dataclasses.asdict(summary) | {"is_intact": summary.problem is None}
+                    for summary in listing.checkpoints
+                ],
+                "torn": listing.torn,
+            }
+        )
+        return
+    if listing.checkpoints:
+        print_table(
+            ["step", "epoch", "age", "size", "attempt", "reason", "metrics", "tags", "state"],
+            [
+                [
+                    str(summary.step),
+                    "" if summary.epoch is None else str(summary.epoch),
+                    "" if summary.created_at is None else format_age(summary.created_at),
+                    "" if summary.nbytes is None else format_nbytes(summary.nbytes),
+                    str(summary.attempt),
+                    summary.reason or "",
+                    format_metrics(summary.metrics),
+                    " ".join(summary.tags),
+                    _state(summary),
+                ]
+                for summary in listing.checkpoints
+            ],
+            right=["step", "epoch", "age", "size", "attempt"],
+        )
+    else:
+        note(f"no checkpoint was committed in {run.catalog.storage.url} yet")
+    for id in listing.torn:
+        note(f"{id}: a save that was cut off, or is under way; it does not count")
+    if listing.problem:
+        note(f"which checkpoint is the latest cannot be told: {listing.problem}")
+
+
+def _state(summary: CheckpointSummary) -> str:
+    marks = []
+    if summary.is_latest:
+        marks.append("latest")
+    if summary.best_of is not None:
+        marks.append(f"best {summary.best_of}")
+    if summary.is_on_line is False:
+        marks.append("not on the line")
+    if summary.problem is not None:
+        marks.append(f"damaged: {summary.problem}")
+    return ", ".join(marks)

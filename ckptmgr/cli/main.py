@@ -1,0 +1,127 @@
+"""The command ``ckptmgr``: finds a command, runs it, and turns whatever happens into a message and an exit code.
+
+Commands are loaded when they are called, so that ``--help`` costs nothing but click. Exit codes: 0 ok, 1 failed, 2
+wrong usage, 10 not found, 11 owned by another writer, 12 corrupt, 75 preempted and saved.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+from ckptmgr.cli.printable import printable
+from ckptmgr.errors import CkptmgrError, UsageError
+
+__all__ = ["COMMANDS", "main", "run"]
+
+COMMANDS = {
+    "ls": "List the checkpoints of a run.",
+    "resume": "Start a run again, where it stopped.",
+    "show": "Show one checkpoint, or the attempts of a run.",
+    "verify": "Recompute every digest and name what is damaged.",
+}
+
+_TRACEBACK_VARIABLE = "CKPTMGR_TRACEBACK"
+_INTERRUPTED = 128 + 2
+_BROKEN_PIPE = 128 + 13
+
+
+class _LazyCommands(click.Group):
+    """A group whose commands are modules beside this one, imported when one is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"ckptmgr.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(COMMANDS.items()))
+
+
+@click.group(cls=_LazyCommands, invoke_without_command=True)
+@click.option("--traceback", is_flag=True, help=f"Show where an error comes from. Also {_TRACEBACK_VARIABLE}=1.")
+@click.version_option(package_name="ckptmgr", message="ckptmgr %(version)s")
+@click.pass_context
+def _commands(ctx: click.Context, traceback: bool) -> None:
+    """Training that cannot be lost, and a model that loads as it was.
+
+    RUN_DIR is the directory or URL that was given to the manager. RUN_DIR@latest, @best, @STEP or @TAG names one of its
+    checkpoints.
+    """
+    if traceback:
+        os.environ[_TRACEBACK_VARIABLE] = "1"
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def main() -> NoReturn:
+    """Run the command line of this process and exit."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code. Errors are reported on stderr, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # A terminal that cannot show a character gets its number, not an exception.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        # Not click's main(), which exits by itself on a broken pipe and on Ctrl-C.
+        with _commands.make_context("ckptmgr", list(arguments)) as context:
+            _commands.invoke(context)
+        # Here, not at shutdown: a reader who has gone away must not cost a traceback.
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _abandon_stdout()
+        return _BROKEN_PIPE
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted", _INTERRUPTED)
+    except CkptmgrError as error:
+        return _fail(error.report(), error.exit_code)
+    except click.ClickException as error:
+        return _fail(_from_click(error).report(), error.exit_code)
+    except Exception as error:
+        return _fail(_unexpected(error), 1)
+    return 0
+
+
+def _fail(message: str, status: int) -> int:
+    if os.environ.get(_TRACEBACK_VARIABLE, "") not in ("", "0") and sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    try:
+        print(printable(message, keep="\n"), file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        _abandon_stdout()
+    return status
+
+
+def _from_click(error: click.ClickException) -> UsageError:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "ckptmgr"
+    return UsageError(error.format_message(), next=f"{path} --help")
+
+
+def _unexpected(error: Exception) -> str:
+    what = f"{type(error).__name__}: {error}".splitlines()[0]
+    return (
+        f"ckptmgr failed unexpectedly\n  why:  {what}\n"
+        f"  next: {_TRACEBACK_VARIABLE}=1 shows where; nothing of this should happen, so please report it"
+    )
+
+
+def _abandon_stdout() -> None:
+    # The interpreter flushes stdout once more when it exits.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

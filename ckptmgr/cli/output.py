@@ -1,0 +1,93 @@
+"""How commands print: tables and JSON on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ckptmgr.cli.printable import printable
+
+__all__ = ["format_age", "format_metrics", "format_nbytes", "note", "print_json", "print_pairs", "print_table"]
+
+_WIDE = 10_000
+
+
+def print_json(document: object) -> None:
+    """Print one JSON document on stdout."""
+    print(json.dumps(document, indent=2, allow_nan=False))
+
+
+def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+    """Print a table on stdout, without the columns that are empty. ``right`` names those that are aligned right."""
+    rows = list(rows)
+    used = [index for index in range(len(headers)) if any(row[index] for row in rows)]
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for header in (headers[index] for index in used):
+        table.add_column(header, justify="right" if header in right else "left", overflow="fold")
+    for row in rows:
+        # Text, not str: what stands in a run is no markup.
+        table.add_row(*(Text(printable(row[index])) for index in used))
+    _console().print(table)
+
+
+def print_pairs(pairs: Mapping[str, str]) -> None:
+    """Print names and values on stdout, one pair per line, without the empty ones."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in pairs.items():
+        if value:
+            table.add_row(Text(name), Text(printable(value)))
+    _console().print(table)
+
+
+def note(text: str) -> None:
+    """Print a remark on stderr."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def format_nbytes(nbytes: int) -> str:
+    """Return a size for people: ``1.2 MiB``."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def format_age(timestamp: str, *, now: datetime | None = None) -> str:
+    """Return how long ago an RFC 3339 time is: ``5 min``. Only shown, never decided on: clocks differ."""
+    try:
+        seconds = ((now or datetime.now(UTC)) - datetime.fromisoformat(timestamp)).total_seconds()
+    except (ValueError, TypeError, OverflowError):
+        return "?"
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+def format_metrics(metrics: Mapping[str, object]) -> str:
+    """Return metrics in one line: ``loss=0.25 acc=nan``."""
+    return " ".join(
+        f"{name}={float(value):.4g}" for name, value in metrics.items() if isinstance(value, float | int | str)
+    )
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        # rich would exit by itself; how a command ends is decided in one place.
+        raise BrokenPipeError
+
+
+def _console() -> Console:
+    # Into a pipe or file, lines are as long as they are: a program that cuts columns wants no line breaks.
+    return _Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False, emoji=False, markup=False)

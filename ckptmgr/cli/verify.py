@@ -1,0 +1,178 @@
+"""``ckptmgr verify``: read everything, compare every digest, name what is damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import click
+
+from ckptmgr.cli.arguments import OpenRun, json_option, open_run, run_dir_argument
+from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError, FormatVersionError
+from ckptmgr.format.layout import ATTEMPTS, RUN_MARKER, CheckpointId
+from ckptmgr.run.verify import Damage, verify_checkpoint
+
+__all__ = ["command"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    checkpoint: CheckpointId
+    nbytes: int
+    damages: list[Damage]
+    unreadable: FormatVersionError | None = None
+
+    @property
+    def word(self) -> str:
+        return "damaged" if self.damages else "not readable by this version" if self.unreadable else "whole"
+
+
+@click.command(name="verify")
+@run_dir_argument("RUN_DIR[@REF]")
+@json_option()
+def command(reference: str, as_json: bool) -> None:
+    """Recompute every digest of a checkpoint (RUN_DIR@REF), or of a whole run (RUN_DIR).
+
+    Exits with 12 if something is damaged. Changes nothing.
+    """
+    run = open_run(reference)
+    chosen = _chosen(run)
+    verdicts = [_verify(run, id, f"{position} of {len(chosen)}") for position, id in enumerate(chosen, start=1)]
+    records = _damaged_records(run) if run.selector is None else []
+    if as_json:
+        _print_json(run, verdicts, records)
+    else:
+        _print_tables(verdicts, records)
+    if records or any(verdict.damages for verdict in verdicts):
+        raise _error(run, verdicts, records)
+    for verdict in verdicts:
+        if verdict.unreadable is not None:
+            raise verdict.unreadable
+
+
+def _chosen(run: OpenRun) -> list[CheckpointId]:
+    if run.selector is not None:
+        return [run.catalog.resolve(run.selector).id]
+    if not run.catalog.committed:
+        raise CheckpointNotFoundError(
+            f"nothing to verify in {run.catalog.storage.url}",
+            why="no checkpoint was committed" + (", only cut-off saves are there" if run.catalog.torn else ""),
+            next=f"ckptmgr show {run.run_dir} tells how its attempts ended",
+        )
+    return run.catalog.committed
+
+
+def _verify(run: OpenRun, id: CheckpointId, position: str) -> _Verdict:
+    try:
+        nbytes = run.catalog.manifest(id).nbytes
+    except CorruptCheckpointError:
+        nbytes = 0
+    except FormatVersionError as error:
+        return _Verdict(id, 0, [], error)
+    with _progress(f"step {id.step} ({position})", nbytes) as advance:
+        return _Verdict(id, nbytes, verify_checkpoint(run.catalog, id, advance))
+
+
+def _damaged_records(run: OpenRun) -> list[Damage]:
+    from ckptmgr.cli.listing import explain, read_attempts
+
+    damages = []
+    for attempt in read_attempts(run.catalog):
+        folder = f"{ATTEMPTS}{attempt.number:06d}"
+        damages += [
+            Damage(folder, explain(error)) for error in attempt.problems if isinstance(error, CorruptCheckpointError)
+        ]
+    for path, name in ((RUN_MARKER, "marker"), (ATTEMPTS, "line")):
+        try:
+            getattr(run.catalog, name)
+        except CorruptCheckpointError as error:
+            damages.append(Damage(path, explain(error)))
+        except FormatVersionError:
+            continue
+    return damages
+
+
+def _print_json(run: OpenRun, verdicts: Sequence[_Verdict], records: Sequence[Damage]) -> None:
+    from ckptmgr.cli.output import print_json
+
+    print_json(
+        {
+            "run_dir": run.catalog.storage.url,
+            "checkpoints": [
+                {
+                    "id": str(verdict.checkpoint),
+                    "step": verdict.checkpoint.step,
+                    "nbytes": verdict.nbytes,
+                    "is_whole": verdict.word == "whole",
+                    "damages": [dataclasses.asdict(damage) for damage in verdict.damages],
+                }
+                for verdict in verdicts
+            ],
+            "records": [dataclasses.asdict(damage) for damage in records],
+        }
+    )
+
+
+def _print_tables(verdicts: Sequence[_Verdict], records: Sequence[Damage]) -> None:
+    from ckptmgr.cli.output import format_nbytes, print_table
+
+    print_table(
+        ["step", "checkpoint", "size", "verdict"],
+        [
+            [str(verdict.checkpoint.step), str(verdict.checkpoint), format_nbytes(verdict.nbytes), verdict.word]
+            for verdict in verdicts
+        ],
+        right=["step", "size"],
+    )
+    damages = [damage for verdict in verdicts for damage in verdict.damages] + list(records)
+    if damages:
+        print()
+        print_table(
+            ["tensor", "file", "damage"],
+            [[damage.tensor or "", damage.path, damage.problem] for damage in damages],
+        )
+
+
+def _error(run: OpenRun, verdicts: Sequence[_Verdict], records: Sequence[Damage]) -> CorruptCheckpointError:
+    damaged = [verdict for verdict in verdicts if verdict.damages]
+    whole = [verdict.checkpoint for verdict in verdicts if verdict.word == "whole"]
+    first = damaged[0].damages[0] if damaged else records[0]
+    if damaged:
+        counted = (
+            f"{len(damaged)} of {len(verdicts)} checkpoints"
+            if len(verdicts) > 1
+            else f"step {damaged[0].checkpoint.step}"
+        )
+    else:
+        counted = "no checkpoint, but a record of the run"
+    if whole:
+        advice = f"step {max(whole).step} is whole: {run.run_dir}@{max(whole)}"
+    else:
+        advice = f"`ckptmgr verify {run.run_dir}` looks for a checkpoint that is whole"
+    return CorruptCheckpointError(
+        f"damaged: {counted} in {run.catalog.storage.url}",
+        why=f"{f'{first.tensor} in ' if first.tensor else ''}{first.path}: {first.problem}",
+        next=advice,
+    )
+
+
+@contextmanager
+def _progress(what: str, nbytes: int) -> Iterator[Callable[[int], None]]:
+    """Show progress on stderr: a bar on a terminal, a line per checkpoint elsewhere."""
+    if not sys.stderr.isatty():
+        from ckptmgr.cli.output import format_nbytes, note
+
+        note(f"verifying {what}, {format_nbytes(nbytes)}")
+        yield lambda nbytes: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("verifying {task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    console = Console(stderr=True)
+    with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task(what, total=nbytes)
+        yield lambda nbytes: progress.update(task, advance=nbytes)
