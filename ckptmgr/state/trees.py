@@ -19,7 +19,9 @@ def mapped_tree(tree: Any, leaf: Callable[[Any], Any]) -> Any:
         if kind is dict:
             return {key: mapped_tree(item, leaf) for key, item in tree.items()}
         rebuilt = copy.copy(tree)
-        rebuilt.update({key: mapped_tree(item, leaf) for key, item in tree.items()})
+        for key, item in tree.items():
+            # Not update(): a Counter would add to what it has.
+            rebuilt[key] = mapped_tree(item, leaf)
         return rebuilt
     if kind in (list, tuple):
         return kind(mapped_tree(item, leaf) for item in tree)

@@ -1,0 +1,84 @@
+"""Checkpoints of every format version, written once and committed: they must be readable forever."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from golden_state import STEP, golden_state, golden_values
+from safetensors.torch import load_file
+
+from ckptmgr.run.catalog import Catalog
+from ckptmgr.run.verify import verify_checkpoint
+from ckptmgr.state.capture import check_state, restore_state
+from ckptmgr.storage.local import LocalStorage
+from ckptmgr.training_run import load_checkpoint
+
+VERSIONS = sorted(path for path in Path(__file__).parent.glob("v*") if path.is_dir())
+DIGESTS = {"v1": "d569c0acc45343cea00b7d873ce7ead072d9cef78f26061db1a5df879eb6e256"}
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        if one.layout != torch.strided:
+            one, other = one.to_dense(), other.to_dense()
+        bits = [tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)]
+        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and bool(one == other)
+
+
+@pytest.mark.parametrize("root", VERSIONS, ids=lambda root: root.name)
+def test_the_committed_files_were_not_touched(root: Path) -> None:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    assert digest.hexdigest() == DIGESTS[root.name]
+
+
+@pytest.mark.parametrize("root", VERSIONS, ids=lambda root: root.name)
+def test_every_version_is_read_as_it_was_written(root: Path) -> None:
+    catalog = Catalog(LocalStorage(root))
+    latest = catalog.latest()
+    assert (latest.step, latest.epoch) == (STEP, 1)
+    assert catalog.resolve("best").step == STEP  # by the note that came after the commit
+    assert catalog.resolve("pinned").step == STEP
+    assert verify_checkpoint(catalog, latest.id) == []
+
+    loaded = load_checkpoint(str(root))
+    assert same(loaded.entries["extra"].tree, golden_values())
+    assert loaded.entries["extra"].tree["channels_last"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("root", VERSIONS, ids=lambda root: root.name)
+def test_every_version_is_restored_into_live_objects(root: Path) -> None:
+    expected, state = golden_state(), golden_state()
+    with torch.no_grad():
+        for tensor in state["model"].state_dict().values():
+            tensor.zero_()
+    state["optimizer"].state.clear()
+    state["extra"].clear()
+    entries = list(load_checkpoint(str(root)).entries.values())
+    check_state(state, entries)
+    restore_state(state, entries)
+    assert same(dict(state["model"].state_dict()), dict(expected["model"].state_dict()))
+    assert same(state["optimizer"].state_dict(), expected["optimizer"].state_dict())
+    assert same(state["scheduler"].state_dict(), expected["scheduler"].state_dict())
+    assert same(state["extra"], expected["extra"])
+    assert state["model"].tied.weight is state["model"].last.weight
+
+
+@pytest.mark.parametrize("root", VERSIONS, ids=lambda root: root.name)
+def test_the_weights_of_every_version_are_readable_without_ckptmgr(root: Path) -> None:
+    folder = root / Catalog(LocalStorage(root)).latest().id.folder
+    tensors = load_file(folder / "model.safetensors")
+    expected = golden_state()["model"].state_dict()
+    assert tensors.keys() == expected.keys() - {"tied.weight"}
+    assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
