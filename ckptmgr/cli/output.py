@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -28,13 +27,25 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right:
     """Print a table on stdout, without the columns that are empty. ``right`` names those that are aligned right."""
     rows = list(rows)
     used = [index for index in range(len(headers)) if any(row[index] for row in rows)]
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for header in (headers[index] for index in used):
-        table.add_column(header, justify="right" if header in right else "left", overflow="fold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    needed = 0
+    for index in used:
+        words = [word for cell in (headers[index], *(row[index] for row in rows)) for word in printable(cell).split()]
+        min_width = min(24, max(map(len, words), default=0))
+        needed += min_width + 2
+        table.add_column(
+            headers[index],
+            justify="right" if headers[index] in right else "left",
+            overflow="fold",
+            # A narrow terminal may break a cell between words, but not `loss=0.5` in the middle.
+            min_width=min_width,
+            no_wrap=headers[index] in right,
+        )
     for row in rows:
         # Text, not str: what stands in a run is no markup.
         table.add_row(*(Text(printable(row[index])) for index in used))
-    _console().print(table)
+    # On a terminal narrower than that, lines run over: better than cells a letter wide.
+    _console(at_least=needed).print(table)
 
 
 def print_pairs(pairs: Mapping[str, str]) -> None:
@@ -88,6 +99,8 @@ class _Console(Console):
         raise BrokenPipeError
 
 
-def _console() -> Console:
+def _console(at_least: int = 0) -> Console:
+    console = _Console(highlight=False, emoji=False, markup=False)
     # Into a pipe or file, lines are as long as they are: a program that cuts columns wants no line breaks.
-    return _Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False, emoji=False, markup=False)
+    console.width = max(console.width, at_least) if sys.stdout.isatty() else _WIDE
+    return console
