@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from conftest import S3Server
+from s3_server import S3Server
 
 from ckptmgr.errors import StorageError
 from ckptmgr.storage import Storage, open_storage

@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from conftest import S3Server
+from s3_server import S3Server
 
 from ckptmgr.storage import Storage, open_storage
 from ckptmgr.storage.local import LocalStorage
