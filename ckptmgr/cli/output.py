@@ -27,19 +27,21 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right:
     """Print a table on stdout, without the columns that are empty. ``right`` names those that are aligned right."""
     rows = list(rows)
     used = [index for index in range(len(headers)) if any(row[index] for row in rows)]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     needed = 0
     for index in used:
-        words = [word for cell in (headers[index], *(row[index] for row in rows)) for word in printable(cell).split()]
-        min_width = min(24, max(map(len, words), default=0))
+        is_right = headers[index] in right
+        cells = [printable(cell) for cell in (headers[index], *(row[index] for row in rows))]
+        parts = cells if is_right else [word for cell in cells for word in cell.split()]
+        min_width = min(24, max(map(len, parts), default=0))
         needed += min_width + 2
         table.add_column(
             headers[index],
-            justify="right" if headers[index] in right else "left",
+            justify="right" if is_right else "left",
             overflow="fold",
             # A narrow terminal may break a cell between words, but not `loss=0.5` in the middle.
             min_width=min_width,
-            no_wrap=headers[index] in right,
+            no_wrap=is_right,
         )
     for row in rows:
         # Text, not str: what stands in a run is no markup.
