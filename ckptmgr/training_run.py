@@ -18,6 +18,8 @@ from ckptmgr.format.layout import RUN_MARKER, CheckpointId, attempt_key, note_ke
 from ckptmgr.format.manifest import Continuation, EntryRecord, Manifest, Note, Outcome, RunMarker, metric_to_value
 from ckptmgr.format.payload import FilePayload
 from ckptmgr.format.record import FORMAT_VERSION, encode_record
+from ckptmgr.launch.redact import redact_text, secret_values
+from ckptmgr.launch.relaunch import RUN_DIR_VARIABLE
 from ckptmgr.launch.start_record import describe_start
 from ckptmgr.policy.retention import CheckpointFacts, RetentionPolicy, best, plan
 from ckptmgr.policy.triggers import MetricSpan, widen_spans
@@ -38,10 +40,9 @@ from ckptmgr.writer import BackgroundWriter
 
 __all__ = ["RUN_DIR_VARIABLE", "LoadedCheckpoint", "Monitor", "TrainingRun", "load_checkpoint", "requested_run"]
 
-RUN_DIR_VARIABLE = "CKPTMGR_RUN_DIR"
-"""Set by ``ckptmgr resume``: overrides the run directory, and may name the checkpoint, ``RUN_DIR@SELECTOR``."""
-
 _log = logging.getLogger("ckptmgr")
+
+_MAX_ERROR_LENGTH = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,8 @@ def requested_run(run_dir: str | os.PathLike[str] | None, resume: str) -> tuple[
     override = os.environ.get(RUN_DIR_VARIABLE)
     if override:
         reference = parse_reference(override)
-        return reference.run_dir, "must" if reference.selector == "latest" else reference.selector
+        # A run that was killed before its first save has nothing to resume, and starts again.
+        return reference.run_dir, "auto" if reference.selector == "latest" else reference.selector
     return (None if run_dir is None else os.fspath(run_dir)), resume
 
 
@@ -184,7 +186,7 @@ class TrainingRun:
         # Listed again: what was committed before the claim, and only that, can be chosen.
         catalog = Catalog(storage)
         run._run_id = catalog.marker.run_id
-        storage.write(attempt_key(run._attempt, "start"), [encode_record(describe_start())])
+        storage.write(attempt_key(run._attempt, "start"), [encode_record(describe_start(run_dir=run_dir))])
         if resume != "never" and (catalog.on_line or resume != "auto"):
             run.continued = _choose(catalog, Reference(run_dir, selector), None)
         return run
@@ -319,6 +321,8 @@ class TrainingRun:
         self._is_closed = True
         self._writer.wait()
         self._delete(self._dropping)
+        if error is not None:
+            error = redact_text(error, secret_values(os.environ))[:_MAX_ERROR_LENGTH]
         record_end(self.storage, self._attempt, outcome, step=step, error=error)
 
     def _commit(

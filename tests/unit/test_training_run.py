@@ -199,3 +199,22 @@ def test_each_save_says_what_it_cost(tmp_path: Path, caplog: pytest.LogCaptureFi
         run.close("finished")
     assert "saved step 7 (test)" in caplog.text
     assert "durable after" in caplog.text
+
+
+def test_a_run_that_was_killed_before_its_first_save_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_run(tmp_path)
+    monkeypatch.setenv(training_run.RUN_DIR_VARIABLE, str(tmp_path))
+    run_dir, resume = training_run.requested_run("elsewhere", "auto")
+    assert (run_dir, resume) == (str(tmp_path), "auto")
+    assert open_run(tmp_path, resume=resume).continued is None
+
+
+def test_secrets_in_an_exception_do_not_reach_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_API_TOKEN", "s3cr3t-value-0815")
+    run = open_run(tmp_path)
+    run.close("failed", error="RuntimeError: denied for s3cr3t-value-0815")
+    text = (tmp_path / "attempts/000001/end.json").read_text()
+    assert "denied" in text
+    assert "s3cr3t" not in text
