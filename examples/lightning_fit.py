@@ -44,11 +44,15 @@ class DigitClassifier(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 
-def main(run_dir: str) -> None:
-    L.seed_everything(1)
+def read_digits() -> TensorDataset:
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-    train, val = random_split(TensorDataset(images, torch.tensor(digits.target)), [1437, 360])
+    return TensorDataset(images, torch.tensor(digits.target))
+
+
+def main(run_dir: str) -> None:
+    L.seed_everything(1)
+    train, val = random_split(read_digits(), [1437, 360])
 
     manager = CheckpointManager(run_dir, monitor="val_acc", mode="max")
     trainer = L.Trainer(max_epochs=5, accelerator="cpu", logger=False, callbacks=[manager])

@@ -1,11 +1,8 @@
-"""Kill a training run in the middle of an epoch, resume it from the shell, and prove that nothing was lost.
-
-python examples/resume_after_kill.py
-"""
+"""Kill a training run in the middle of an epoch, resume it from the shell, and prove that nothing was lost."""
 
 import json
+import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,80 +11,69 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 KILL_AT, EPOCHS = 100, 4
 
 
-def train(run_dir: str) -> None:
+def train(run_dir: Path) -> None:
     import lightning as L
-    from lightning_fit import DigitClassifier
-
-    from ckptmgr import CheckpointManager
+    from lightning_fit import CheckpointManager, DigitClassifier, read_digits
 
     class Recorder(DigitClassifier):
-        """Remembers, as part of its state, which samples it was trained on."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen: list[int] = []
+        seen: tuple[int, ...] = ()  # which samples it was trained on: part of its state
 
         def training_step(self, batch, batch_idx):
             if self.global_step == int(os.environ.get("KILL_AT", -1)):
                 os.kill(os.getpid(), signal.SIGKILL)
-            images, labels, indices = batch
-            self.seen += indices.tolist()
-            return nn.functional.cross_entropy(self.network(images), labels)
+            *images_and_labels, indices = batch
+            self.seen += tuple(indices.tolist())
+            return super().training_step(images_and_labels, batch_idx)
 
         def on_save_checkpoint(self, checkpoint):
-            checkpoint["seen"] = list(self.seen)
+            checkpoint["seen"] = self.seen
 
         def on_load_checkpoint(self, checkpoint):
-            self.seen = list(checkpoint["seen"])
+            self.seen = checkpoint["seen"]
 
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     L.seed_everything(1, verbose=False)
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-    data = TensorDataset(images, torch.tensor(digits.target), torch.arange(len(images)))
-    manager = CheckpointManager(run_dir, every_n_train_steps=30)
-    trainer = L.Trainer(
-        max_epochs=EPOCHS, accelerator="cpu", logger=False, enable_model_summary=False, callbacks=[manager]
-    )
-    model = Recorder()
+    images, labels = read_digits().tensors
+    data = TensorDataset(images, labels, torch.arange(len(images)))
+    quiet = {"logger": False, "enable_model_summary": False, "enable_progress_bar": False}
+    model, manager = Recorder(), CheckpointManager(run_dir, every_n_train_steps=30)
+    trainer = L.Trainer(max_epochs=EPOCHS, accelerator="cpu", callbacks=[manager], **quiet)
     trainer.fit(model, DataLoader(data, batch_size=32, shuffle=True))
-    torch.save(model.state_dict(), Path(run_dir) / "final.pt")
-    (Path(run_dir) / "seen.json").write_text(json.dumps(model.seen))
+    torch.save(model.state_dict(), run_dir / "final.pt")
+    (run_dir / "seen.json").write_text(json.dumps(model.seen))
 
 
-def prove(root: Path) -> None:
-    whole, killed = str(root / "uninterrupted"), str(root / "killed")
-    ckptmgr = [sys.executable, "-m", "ckptmgr"]
-    subprocess.run([sys.executable, __file__, whole], check=True)
-    code = subprocess.run([sys.executable, __file__, killed], env={**os.environ, "KILL_AT": str(KILL_AT)}).returncode
-    print(
-        f"\nkilled by signal {-code} in the middle of epoch {KILL_AT // 57}; now: ckptmgr resume {killed}\n", flush=True
-    )
-    subprocess.run([*ckptmgr, "resume", killed], check=True)
+def shell(*argv: object, **environment: str) -> int:
+    return subprocess.run([sys.executable, *map(str, argv)], env={**os.environ, **environment}).returncode
 
-    weights = [torch.load(Path(run) / "final.pt") for run in (whole, killed)]
-    seen = [json.loads((Path(run) / "seen.json").read_text()) for run in (whole, killed)]
-    same = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    counts = Counter(seen[1])
-    repeated, skipped = sum(n > EPOCHS for n in counts.values()), sum(counts[i] < EPOCHS for i in set(seen[0]))
-    print(f"\nfinal weights bit-identical to the uninterrupted run: {'yes' if same else 'NO'}")
-    print(f"samples repeated: {repeated}, samples skipped: {skipped}, same order: {seen[0] == seen[1]}\n", flush=True)
-    subprocess.run([*ckptmgr, "ls", killed], check=True)
-    assert code == -signal.SIGKILL
-    assert same
-    assert seen[0] == seen[1]
+
+def prove(whole: Path, killed: Path) -> None:
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    print(f"1. train a CNN on handwritten digits for {EPOCHS} epochs, without interruption", flush=True)
+    assert shell(__file__, whole) == 0
+    print(f"2. train it again, and SIGKILL it at step {KILL_AT}, in the middle of an epoch", flush=True)
+    assert shell(__file__, killed, KILL_AT=str(KILL_AT)) == -signal.SIGKILL
+    print(f"3. ckptmgr resume {killed}", flush=True)
+    assert shell("-m", "ckptmgr", "resume", killed) == 0
+
+    weights = [torch.load(run / "final.pt") for run in (whole, killed)]
+    seen = [Counter(json.loads((run / "seen.json").read_text())) for run in (whole, killed)]
+    identical = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    repeated, skipped = (seen[1] - seen[0]).total(), (seen[0] - seen[1]).total()
+    print(f"\nfinal weights bit-identical to the uninterrupted run: {'yes' if identical else 'NO'}")
+    print(f"samples repeated {repeated}, samples skipped {skipped}\n", flush=True)
+    assert shell("-m", "ckptmgr", "ls", killed) == 0
+    assert (identical, repeated, skipped) == (True, 0, 0)
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        train(sys.argv[1])
+        train(Path(sys.argv[1]))
     else:
-        folder = Path(tempfile.mkdtemp(prefix="ckptmgr-demo-"))
-        prove(folder)
-        shutil.rmtree(folder)
+        with tempfile.TemporaryDirectory(prefix="ckptmgr-demo-") as folder:
+            prove(Path(folder) / "uninterrupted", Path(folder) / "killed")
