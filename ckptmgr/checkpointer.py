@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -18,8 +19,8 @@ from ckptmgr.policy.from_keywords import retention_from, trigger_from
 from ckptmgr.policy.retention import RetentionPolicy
 from ckptmgr.policy.triggers import Moment, Trigger
 from ckptmgr.preemption import StopSignal
-from ckptmgr.run.reference import Reference, parse_reference
-from ckptmgr.state.capture import CapturedEntry, capture_state, check_state, dry_check, restore_state
+from ckptmgr.run.reference import parse_reference
+from ckptmgr.state.capture import CapturedEntry, capture_state, dry_check, restore_state
 from ckptmgr.state.data_position import DataPosition
 from ckptmgr.state.rng import capture_rng, restore_rng
 from ckptmgr.training_run import LoadedCheckpoint, Monitor, TrainingRun, load_checkpoint, requested_run
@@ -125,6 +126,7 @@ class Checkpointer:
         self._boundary: BoundaryCopy | None = None
         self._data: DataPosition | None = None
         self._loaded_data: tuple[dict[str, Any], dict[str, Any]] | None = None
+        self._postponed_epoch: int | None = None
         self._step = 0
         self._last_saved_step = 0
         self._last_saved_at = 0.0
@@ -157,9 +159,7 @@ class Checkpointer:
             UnsupportedStateError: A value in the state could never be saved.
         """
         if self._run is not None:
-            raise UsageError(
-                "resume() was called twice", next="use restore(reference) to go back to a checkpoint within one process"
-            )
+            raise UsageError("resume() was called twice", next="use restore(reference) to go back within one process")
         return self._open(self._resume)
 
     def restore(self, reference: str) -> int:
@@ -175,14 +175,16 @@ class Checkpointer:
         Raises:
             StateMismatchError, CheckpointNotFoundError, CorruptCheckpointError: As `resume`.
         """
-        own = parse_reference(f"{self._run_dir}@{reference}") if _is_selector(reference) else parse_reference(reference)
+        is_selector = not any(mark in reference for mark in "/@\\")
+        own = parse_reference(f"{self._run_dir}@{reference}" if is_selector else reference)
         if own.run_dir != self._run_dir:
             loaded = load_checkpoint(own, names=list(self._state), storage_options=self._storage_options)
-            entries = list(loaded.entries.values())
-            check_state(self._state, entries)
-            restore_state(self._state, entries)
+            restore_state(self._state, loaded.entries)
             return loaded.manifest.step
-        return self._reopen(own)
+        if self._run is not None:
+            self._end("preempted")
+        self._data = self._postponed_epoch = None
+        return self._open(own.selector)
 
     def batches(
         self,
@@ -205,8 +207,15 @@ class Checkpointer:
 
         Raises:
             StateMismatchError: The loader is not the one that the position was saved with.
+            UsageError: It was called before, in this process.
         """
         self._open_run()
+        if self._data is not None:
+            raise UsageError(
+                "batches() was called twice",
+                why="the position is kept for one loop: a resume could not tell the first from the second",
+                next="call it once, with epochs=N for all of them; iterate over validation data without it",
+            )
         data = DataPosition(
             loader, epochs=epochs, on_resume=on_resume, notify=_log.warning, on_epoch_end=self._save_at_epoch_end
         )
@@ -214,7 +223,8 @@ class Checkpointer:
             position, rng = self._loaded_data
             self._loaded_data = None
             data.load_state_dict(position, rng=rng)
-            if data.is_last_batch and epochs is not None and data.epoch + 1 >= epochs:
+            has_ended = data.is_last_batch or position["is_exhausted"]
+            if has_ended and epochs is not None and data.epoch + 1 >= epochs:
                 _log.warning("%s is finished: all %d epochs were trained by step %d", self._run_dir, epochs, self._step)
         self._data = data
         return iter(data)
@@ -223,8 +233,8 @@ class Checkpointer:
         """Tell that an optimizer update has been completed, and save if that is due.
 
         Args:
-            step: Optimizer updates completed in this run. Calls that repeat a number (gradient accumulation) are
-            ignored. metrics: Values known at this step.
+            step: Optimizer updates completed in this run. A repeated number (gradient accumulation) does nothing.
+            metrics: Values known at this step.
 
         Raises:
             SaveFailedError, Fenced: An earlier save failed, or the run was taken over.
@@ -237,12 +247,18 @@ class Checkpointer:
                 why="steps are whole numbers that count optimizer updates and never go back",
                 next="continue from the number that resume() or restore() returned",
             )
-        if metrics:
-            self._metrics = {name: _number(value) for name, value in metrics.items()}
-        if step == self._step:
+        is_new = step > self._step
+        known = {} if is_new else self._metrics
+        self._metrics = {**known, **{name: _number(value) for name, value in (metrics or {}).items()}}
+        if not is_new:
             return
         self._step = step
+        if self._data is not None:
+            self._data.mark_step()
         moment = self._moment(is_epoch_end=bool(self.is_last_batch))
+        if self._postponed_epoch is not None:
+            moment = replace(moment, epoch=self._postponed_epoch, is_epoch_end=True)
+            self._postponed_epoch = None
         reason = self._trigger.reason_to_save(moment)
         if reason is not None:
             self._save(reason)
@@ -253,12 +269,14 @@ class Checkpointer:
             raise Preempted
 
     def save(self, *, tags: Sequence[str] = (), metrics: Mapping[str, float] | None = None) -> None:
-        """Save now, at the step that was completed last.
+        """Save now, at the step that was completed last. Call it right after `step`.
 
         Args:
             tags: Names for the checkpoint. A tagged one is pinned: retention never drops it.
             metrics: Values known now, beside those of the last `step`.
         """
+        self._open_run()
+        self._warn_of_pending("call save() right after step()")
         self._metrics.update(metrics or {})
         self._save("asked for", tags=tags)
 
@@ -275,6 +293,8 @@ class Checkpointer:
         """End the attempt as finished: save what was not saved yet, wait for it, and let go of the run. Idempotent."""
         if self._run is not None:
             if self._step > self._last_saved_step:
+                if not (self._data and self._data.is_over):
+                    self._warn_of_pending("leave the loop right after step()")
                 self._save("end of training")
             self._end("finished")
 
@@ -322,17 +342,9 @@ class Checkpointer:
             self._boundary.keep(self._capture())
         return self._step
 
-    def _reopen(self, reference: Reference) -> int:
-        if self._run is not None:
-            self._end("preempted")
-        self._data = None
-        return self._open(reference.selector)
-
     def _restore(self, loaded: LoadedCheckpoint) -> None:
         own = {name: loaded.entries.pop(name) for name in (_RNG, _DATA, _PROGRESS) if name in loaded.entries}
-        entries = list(loaded.entries.values())
-        check_state(self._state, entries)
-        restore_state(self._state, entries)
+        restore_state(self._state, loaded.entries)
         rng = own[_RNG].tree
         for note in restore_rng(rng):
             _log.warning("%s", note)
@@ -355,18 +367,32 @@ class Checkpointer:
         )
 
     def _save_at_epoch_end(self, epoch: int) -> None:
-        # A loader without a length shows the end of an epoch only when it is asked for one batch more.
-        if self.is_last_batch is None and self._step > self._last_saved_step:
+        if self._data is not None and self._data.is_pending:
+            # Gradients are in no checkpoint. The next step uses them up; what is due now is due then.
+            self._postponed_epoch = epoch
+        elif self.is_last_batch is None and self._step > self._last_saved_step:
+            # A loader without a length shows the end of an epoch only when it is asked for one batch more.
             reason = self._trigger.reason_to_save(self._moment(is_epoch_end=True))
             if reason is not None:
                 self._save(reason)
 
+    def _warn_of_pending(self, remedy: str) -> None:
+        if self._data is not None and self._data.is_pending:
+            where = f"batch {self._data.batch} of epoch {self._data.epoch}"
+            _log.warning("not exact: %s counts as trained, and no step() followed it; %s", where, remedy)
+
     def _capture(self) -> list[CapturedEntry]:
         entries = capture_state(self._state)
+        # Until `batches` is called, the position is the loaded one, with the RNG that it will put in place.
+        position: Mapping[str, Any] | None
+        rng: Mapping[str, Any] | None
+        position, rng = self._loaded_data or (None, None)
         if self._data is not None:
-            entries.append(CapturedEntry(_DATA, "data-position", 1, self._data.state_dict()))
+            position, rng = self._data.state_dict(), self._data.pending_rng
+        if position is not None:
+            entries.append(CapturedEntry(_DATA, "data-position", 1, position))
         entries.append(CapturedEntry(_PROGRESS, "progress", 1, {"step": self._step, "metrics": dict(self._metrics)}))
-        entries.append(CapturedEntry(_RNG, "rng", 1, capture_rng()))
+        entries.append(CapturedEntry(_RNG, "rng", 1, dict(rng or capture_rng())))
         return entries
 
     def _save(self, reason: str, *, tags: Sequence[str] = (), entries: list[CapturedEntry] | None = None) -> None:
@@ -422,7 +448,3 @@ class Checkpointer:
 def _number(value: float | torch.Tensor) -> float:
     # A loss as it comes from forward: torch warns when a tensor with a gradient is converted.
     return float(value.detach() if isinstance(value, torch.Tensor) else value)
-
-
-def _is_selector(reference: str) -> bool:
-    return not any(mark in reference for mark in "/@\\")

@@ -100,6 +100,7 @@ class DataPosition(Iterator[Any]):
         self._on_epoch_end = on_epoch_end
         self.epoch = 0
         self.batch = 0
+        self._stepped_at = (0, 0)
         self._is_exhausted = False
         self._is_over = False
         self._expects_end = False
@@ -117,6 +118,25 @@ class DataPosition(Iterator[Any]):
         """Whether the batch handed out last is the last of its epoch; None where the loader has no length."""
         length = length_of(self._loader)
         return None if length is None else self.batch >= length
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all epochs were handed out."""
+        return self._is_over
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether batches were handed out since `mark_step`: what they left behind is in no weights yet."""
+        return (self.epoch, self.batch) != self._stepped_at
+
+    def mark_step(self) -> None:
+        """Remember that everything that was handed out is trained."""
+        self._stepped_at = (self.epoch, self.batch)
+
+    @property
+    def pending_rng(self) -> Mapping[str, Any] | None:
+        """The RNG tree of a loaded position that is not in place yet: what a capture of this moment has to hold."""
+        return self._pending_rng
 
     def __iter__(self) -> DataPosition:
         return self
@@ -209,6 +229,7 @@ class DataPosition(Iterator[Any]):
             self._notify(f"the loader has changed since epoch {state['epoch']}: {'; '.join(changed)}")
         self._pending, self._pending_rng = state, rng
         self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
+        self.mark_step()
 
     def _loader_state(self) -> Any:
         # Only after the epoch began: asked earlier, torchdata's loader starts iterating and draws random numbers.

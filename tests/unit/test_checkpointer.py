@@ -148,6 +148,72 @@ def test_a_loss_with_a_gradient_is_a_metric(tmp_path: Path) -> None:
     assert Catalog(LocalStorage(tmp_path / "run")).latest().metrics == {"loss": 0.5}
 
 
+def test_a_finished_run_without_a_length_says_that_it_is_finished(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        training = Training(tmp_path / "run")
+        training.loader = DataLoader(Endless(), batch_size=4)
+        assert training.train() == 12
+    assert "is finished" in caplog.text
+
+
+def test_a_save_before_the_loop_keeps_the_position(tmp_path: Path, whole: Training) -> None:
+    Training(tmp_path / "run", every_n_steps=1).train(until=7)
+    tagging = Training(tmp_path / "run")
+    tagging.ckpt.resume()
+    torch.rand(5)  # what the script draws here, it draws again in the next process
+    tagging.ckpt.save(tags=["seven"])
+    tagging.ckpt.close()
+    again = Training(tmp_path / "run", resume="seven")
+    assert again.train() == 12
+    assert again.extra["seen"] == whole.extra["seen"]
+    assert again.bits() == whole.bits()
+
+
+def test_a_second_loop_is_refused(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run")
+    training.ckpt.resume()
+    training.ckpt.batches(training.loader, epochs=1)
+    with pytest.raises(UsageError, match="called twice"):
+        training.ckpt.batches(training.loader, epochs=1)
+
+
+@pytest.mark.parametrize("turns", [3, 4])
+def test_a_loop_that_is_left_between_two_steps_is_told_about_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, turns: int
+) -> None:
+    training = Training(tmp_path / "run", every_n_steps=100)
+    with training.ckpt as ckpt:
+        ckpt.resume()
+        for turn, _ in enumerate(ckpt.batches(training.loader, epochs=1), start=1):
+            ckpt.step(turn // 2)
+            if turn == turns:
+                break
+    assert ("batch 3 of epoch 0 counts as trained" in caplog.text) == (turns == 3)
+
+
+def test_the_end_of_an_epoch_counts_when_the_pending_step_is_done(tmp_path: Path) -> None:
+    # 5 batches in an epoch and a step after each second one: the first epoch ends in the middle of step 3.
+    training = Training(tmp_path / "run", every_n_epochs=1)
+    training.loader = DataLoader(TensorDataset(torch.randn(20, 2), torch.arange(20)), batch_size=4)
+    with training.ckpt as ckpt:
+        ckpt.resume()
+        for turn, _ in enumerate(ckpt.batches(training.loader, epochs=2), start=1):
+            ckpt.step(turn // 2)
+    assert steps(tmp_path / "run") == [3, 5]
+
+
+def test_a_metric_belongs_to_the_step_that_it_was_given_for(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "run", {"model": nn.Linear(1, 1)}, every_n_steps=1) as ckpt:
+        ckpt.resume()
+        ckpt.step(1, metrics={"loss": 1.0})
+        ckpt.save(metrics={"val": 2.0})
+        ckpt.step(2)
+    catalog = Catalog(LocalStorage(tmp_path / "run"))
+    assert [catalog.manifest(id).metrics for id in catalog.on_line] == [{"loss": 1.0}, {"loss": 1.0, "val": 2.0}, {}]
+
+
 def test_the_last_step_is_saved_when_the_loop_ends(tmp_path: Path) -> None:
     Training(tmp_path / "run", every_n_steps=5).train()
     assert steps(tmp_path / "run") == [5, 10, 12]
