@@ -1,0 +1,83 @@
+"""Arguments of Lightning's ModelCheckpoint, as this manager understands them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ckptmgr.errors import UsageError
+from ckptmgr.policy.from_keywords import retention_from
+from ckptmgr.policy.retention import KeepAll, RetentionPolicy
+
+__all__ = ["retention_of", "warn_of_unused"]
+
+_log = logging.getLogger("ckptmgr")
+
+# Accepted so that replacing ModelCheckpoint is one word; with why they do nothing.
+_UNUSED = {
+    "filename": "checkpoints are named by step, and found by reference",
+    "save_last": "the newest checkpoint is always known as @latest",
+    "verbose": "saves are logged by the logger 'ckptmgr'",
+    "auto_insert_metric_name": "checkpoints are named by step",
+    "save_on_train_epoch_end": "an epoch's checkpoint is taken before validation, and its metrics are added after it",
+    "enable_version_counter": "nothing is ever overwritten",
+}
+
+
+def warn_of_unused(run_dir: str | os.PathLike[str] | None, others: Mapping[str, Any]) -> str | os.PathLike[str] | None:
+    """Return the run directory, which ModelCheckpoint calls ``dirpath``; warn of arguments that do nothing.
+
+    Raises:
+        TypeError: An argument that ModelCheckpoint has not got either.
+    """
+    others = dict(others)
+    dirpath = others.pop("dirpath", None)
+    if unknown := sorted(others.keys() - _UNUSED.keys()):
+        raise TypeError(f"CheckpointManager() got an unexpected keyword argument {unknown[0]!r}")
+    if dirpath is not None and run_dir is not None:
+        raise UsageError(
+            f"both run_dir={str(run_dir)!r} and dirpath={str(dirpath)!r} were given",
+            why="dirpath is ModelCheckpoint's name for run_dir",
+            next="give one of them",
+        )
+    for name, why in _UNUSED.items():
+        # What was left at its neutral value asks for nothing.
+        if name in others and others[name] not in (None, False):
+            _log.warning("%s=%r does nothing in CheckpointManager: %s", name, others[name], why)
+    return dirpath if run_dir is None else run_dir
+
+
+def retention_of(
+    *,
+    keep_last: int,
+    save_top_k: int,
+    keep_every_n_steps: int | None,
+    monitor: str | None,
+    mode: Literal["min", "max"],
+) -> RetentionPolicy:
+    """Return what to keep.
+
+    Raises:
+        UsageError: A number that has no meaning.
+    """
+    if save_top_k < -1:
+        raise UsageError(
+            f"save_top_k={save_top_k}", why="it counts checkpoints; -1 keeps all, 0 keeps none for being best"
+        )
+    if monitor is None and save_top_k > 1:
+        raise UsageError(
+            f"save_top_k={save_top_k} without monitor",
+            why="nothing says which checkpoints are the best",
+            next=f"give monitor= the name of a logged metric, or keep_last={save_top_k}",
+        )
+    if save_top_k == -1:
+        return KeepAll()
+    return retention_from(
+        keep_last=keep_last,
+        keep_best=max(save_top_k, 1),
+        keep_every_n_steps=keep_every_n_steps,
+        monitor=monitor if save_top_k else None,
+        mode=mode,
+    )

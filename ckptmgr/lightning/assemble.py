@@ -1,0 +1,278 @@
+"""Lightning's checkpoint dict ↔ entries of our own."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import enum
+import logging
+import os
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ckptmgr.errors import StateMismatchError, UnsupportedStateError, UsageError
+from ckptmgr.lightning.trainer_metrics import capture_metrics
+from ckptmgr.loading import LoadedCheckpoint
+from ckptmgr.state.codec import EntryEncoder
+from ckptmgr.state.entry import CapturedEntry
+from ckptmgr.state.module import ModuleHandler
+from ckptmgr.state.names import ParameterNames, WrapperPrefixes
+from ckptmgr.state.optimizer import OptimizerHandler
+from ckptmgr.state.stateful import SchedulerHandler, StatefulHandler
+
+__all__ = [
+    "INFERENCE_ENTRIES",
+    "WEIGHTS_ONLY_REASON",
+    "assemble",
+    "capture_entries",
+    "check_model",
+    "plain_checkpoint",
+    "restore_optimizers_and_schedulers",
+]
+
+_log = logging.getLogger("ckptmgr")
+
+MODEL, TRAINER, RNG, DATA = "model", "trainer", "rng", "data"
+INFERENCE_ENTRIES = (MODEL, TRAINER)
+"""What it takes to validate, test and predict."""
+
+WEIGHTS_ONLY_REASON = "it was saved with save_weights_only=True and holds no training state"
+_HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
+_HYPER_TYPES = ("hparams_type", "datamodule_hparams_type")
+_VERSION = 1
+_warned: set[str] = set()
+
+
+def capture_entries(
+    trainer: Any, *, rng: Mapping[str, Any], position: Mapping[str, Any], validation_names: set[str], weights_only: bool
+) -> list[CapturedEntry]:
+    """Capture a Trainer: live references, nothing is copied.
+
+    Args:
+        trainer: In ``fit``, at a boundary.
+        rng: RNG of the boundary, captured before any hook of the user ran.
+        position: What `LoopHooks.capture` returned.
+        validation_names: Metrics that validation logged.
+        weights_only: Leave out what only training needs.
+
+    Raises:
+        UnsupportedStateError: An optimizer's parameter is in no module.
+    """
+    checkpoint = dict(trainer._checkpoint_connector.dump_checkpoint(weights_only))
+    module = trainer.lightning_module
+    names = ParameterNames({MODEL: module})
+    model = CapturedEntry(MODEL, ModuleHandler.name, ModuleHandler.version, _model_tree(module, checkpoint, names))
+    optimizer_states: Sequence[Any] = checkpoint.pop("optimizer_states", [])
+    checkpoint.pop("lr_schedulers", None)
+    loops = checkpoint["loops"]["fit_loop"].get("state_dict", {})
+    loops.pop("combined_loader", None)
+    _keep_plain_hyper_parameters(checkpoint)
+    tree: dict[str, Any] = {"version": _VERSION, "weights_only": weights_only, "lightning": checkpoint}
+    trainer_entry = CapturedEntry(TRAINER, "lightning", _VERSION, tree)
+    if weights_only:
+        return [model, trainer_entry]
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    tree["lr_schedulers"] = [_scheduler_handler(scheduler).capture(scheduler, names) for scheduler in schedulers]
+    tree["metrics"] = capture_metrics(trainer)
+    tree["validation_names"] = sorted(validation_names)
+    handler = OptimizerHandler()
+    optimizers = [
+        CapturedEntry(
+            _optimizer_name(i, len(optimizer_states)), handler.name, handler.version, handler.capture(o, names)
+        )
+        for i, o in enumerate(trainer.optimizers)
+    ]
+    return [
+        model,
+        *optimizers,
+        trainer_entry,
+        CapturedEntry(DATA, "lightning-data", _VERSION, dict(position)),
+        CapturedEntry(RNG, "rng", 1, dict(rng)),
+    ]
+
+
+def assemble(loaded: LoadedCheckpoint, module: Any = None) -> dict[str, Any]:
+    """Return a checkpoint as Lightning expects it; without optimizers and schedulers, which are restored by name.
+
+    Args:
+        loaded: Its entries ``model`` and ``trainer`` are used.
+        module: The live module, whose state dict may have the prefixes of wrappers.
+    """
+    if MODEL not in loaded.entries or TRAINER not in loaded.entries:
+        raise UsageError(
+            f"{loaded.reference} was not saved by a CheckpointManager",
+            why=f"it has the entries {', '.join(sorted(loaded.entries))}; Lightning needs {MODEL} and {TRAINER}",
+            next="load it with ckptmgr's Checkpointer, or read its safetensors files",
+        )
+    checkpoint = dict(loaded.entries[TRAINER].tree["lightning"])
+    tree = loaded.entries[MODEL].tree
+    state = {**tree["tensors"], **tree.get("values", {})}
+    if module is not None:
+        prefixes = WrapperPrefixes(module)
+        keys = {prefixes.own_name(key): key for key in module.state_dict()}
+        state = {keys.get(name, name): value for name, value in state.items()}
+    checkpoint["state_dict"] = _with_versions(state, tree.get("versions", {}))
+    return checkpoint
+
+
+def plain_checkpoint(loaded: LoadedCheckpoint) -> dict[str, Any]:
+    """Return a checkpoint of tensors and plain values only, which ``torch.load(..., weights_only=True)`` accepts."""
+    checkpoint = assemble(loaded)
+    state = checkpoint.pop("state_dict")
+    return {**_plain(checkpoint), "state_dict": state}
+
+
+def check_model(module: Any, loaded: LoadedCheckpoint) -> None:
+    """Compare the model with the checkpoint before anything is loaded.
+
+    A module that takes part in its own loading may accept what differs, so it is left to it.
+
+    Raises:
+        StateMismatchError: Names everything that does not fit.
+    """
+    own_hook = type(module).on_load_checkpoint.__qualname__.split(".")[0] not in ("CheckpointHooks", "LightningModule")
+    if own_hook or not module.strict_loading:
+        return
+    ModuleHandler().check(module, loaded.entries[MODEL].tree, ParameterNames({MODEL: module}))
+
+
+def restore_optimizers_and_schedulers(trainer: Any, loaded: LoadedCheckpoint) -> None:
+    """Restore optimizers by parameter name and schedulers by position; checks all of them first.
+
+    Raises:
+        StateMismatchError: There are more or fewer than in the checkpoint, or one does not fit.
+    """
+    names = ParameterNames({MODEL: trainer.lightning_module})
+    tree = loaded.entries[TRAINER].tree
+    handler = OptimizerHandler()
+    optimizers = list(trainer.optimizers)
+    saved = [
+        entry for name, entry in sorted(loaded.entries.items(), key=_optimizer_order) if name.startswith("optimizer")
+    ]
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    _same_number("optimizer", len(saved), len(optimizers))
+    _same_number("LR scheduler", len(tree["lr_schedulers"]), len(schedulers))
+    for optimizer, entry in zip(optimizers, saved, strict=True):
+        handler.check(optimizer, entry.tree, names)
+    for scheduler, state in zip(schedulers, tree["lr_schedulers"], strict=True):
+        _scheduler_handler(scheduler).check(scheduler, state, names)
+    for optimizer, entry in zip(optimizers, saved, strict=True):
+        handler.restore(optimizer, entry.tree, names)
+    for scheduler, state in zip(schedulers, tree["lr_schedulers"], strict=True):
+        _scheduler_handler(scheduler).restore(scheduler, state, names)
+
+
+def _model_tree(module: Any, checkpoint: dict[str, Any], names: ParameterNames) -> dict[str, Any]:
+    tree: dict[str, Any] = ModuleHandler().capture(module, names)
+    prefixes = WrapperPrefixes(module)
+    # Not simply the module's own state: a callback that averages weights has put the average here.
+    state = {prefixes.own_name(key): value for key, value in checkpoint.pop("state_dict").items()}
+    tree["tensors"] = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    tree.pop("values", None)
+    if len(tree["tensors"]) < len(state):
+        tree["values"] = {name: value for name, value in state.items() if name not in tree["tensors"]}
+    return tree
+
+
+def _keep_plain_hyper_parameters(checkpoint: dict[str, Any]) -> None:
+    for key in _HYPER_TYPES:
+        checkpoint.pop(key, None)
+    for key in _HYPER_PARAMETERS:
+        if key not in checkpoint:
+            continue
+        if _why_unstorable(checkpoint[key]) is None:
+            continue
+        kept, skipped = {}, []
+        for name, value in dict(checkpoint[key]).items():
+            if _why_unstorable(value) is None:
+                kept[name] = value
+            else:
+                skipped.append(f"{name} ({type(value).__qualname__})")
+        checkpoint[key] = kept
+        text = ", ".join(skipped)
+        if text not in _warned:
+            _warned.add(text)
+            _log.warning(
+                "hyper-parameters that are no plain values are not saved: %s. They are not needed to resume; "
+                "load_from_checkpoint wants them as arguments",
+                text,
+            )
+
+
+def _why_unstorable(value: Any) -> str | None:
+    try:
+        EntryEncoder(CapturedEntry(TRAINER, "lightning", _VERSION, value))
+    except UnsupportedStateError as error:
+        return error.what
+    return None
+
+
+def _with_versions(state: Mapping[str, Any], versions: Mapping[str, int]) -> OrderedDict[str, Any]:
+    ordered = OrderedDict(state)
+    prefixes = {""}
+    for name in state:
+        parts = name.split(".")[:-1]
+        prefixes.update(".".join(parts[: i + 1]) for i in range(len(parts)))
+    # Without versions, torch takes a state dict for one from before versions and converts it again.
+    metadata = {prefix: {"version": versions.get(prefix, 1)} for prefix in sorted(prefixes)}
+    ordered._metadata = metadata  # type: ignore[attr-defined]
+    return ordered
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping) and not isinstance(value, dict):
+        value = dict(value)
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Namespace):
+        return {key: _plain(item) for key, item in vars(value).items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item) for item in value) if type(value) in (list, tuple) else list(map(_plain, value))
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy()) if value.dtype.kind in "biufc" else value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, enum.Enum):
+        return _plain(value.value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta):
+        return value.total_seconds()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if type(value).__module__.startswith("omegaconf"):
+        from omegaconf import OmegaConf
+
+        return _plain(OmegaConf.to_container(value))
+    return value
+
+
+def _scheduler_handler(scheduler: Any) -> StatefulHandler:
+    handler = SchedulerHandler()
+    return handler if handler.handles(scheduler) else StatefulHandler()
+
+
+def _optimizer_name(index: int, count: int) -> str:
+    return "optimizer" if count == 1 else f"optimizer-{index}"
+
+
+def _optimizer_order(item: tuple[str, Any]) -> tuple[int, str]:
+    _, _, index = item[0].partition("-")
+    return (int(index) if index.isdecimal() else 0, item[0])
+
+
+def _same_number(what: str, saved: int, live: int) -> None:
+    if saved != live:
+        raise StateMismatchError(
+            f"the checkpoint has {saved} {what}{'s' * (saved != 1)}, the module configures {live}",
+            why="state cannot be matched when something was added or removed",
+            next="configure as in the run that saved, or start from the weights alone: "
+            "Model.load_from_checkpoint('ckptmgr://RUN_DIR') and resume='never' in a new run",
+        )

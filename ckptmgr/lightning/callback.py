@@ -1,0 +1,415 @@
+"""`CheckpointManager`: the callback that saves and resumes a Lightning training."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, Literal, Self
+
+import torch
+
+from ckptmgr.errors import CheckpointNotFoundError, Preempted, TopologyError, UsageError
+from ckptmgr.lightning.arguments import retention_of, warn_of_unused
+from ckptmgr.lightning.bases import tree_for, with_lightning_base
+from ckptmgr.lightning.checkpoint_io import install_checkpoint_io
+from ckptmgr.lightning.compat import check_compatible, module_of
+from ckptmgr.lightning.filesystem import url_of
+from ckptmgr.lightning.loops import Boundary, LoopHooks
+from ckptmgr.lightning.resume import Resume
+from ckptmgr.lightning.run_directory import absolute, default_run_dir, job_name
+from ckptmgr.lightning.saving import Saver
+from ckptmgr.policy.from_keywords import trigger_from
+from ckptmgr.policy.retention import RetentionPolicy
+from ckptmgr.policy.triggers import AnyOf, OnException, OnSignal, Trigger
+from ckptmgr.preemption import StopSignal
+from ckptmgr.run.catalog import Catalog
+from ckptmgr.state.rng import capture_rng
+from ckptmgr.storage.open import open_storage
+from ckptmgr.training_run import Monitor, TrainingRun, requested_run
+
+__all__ = ["CheckpointManager"]
+
+_log = logging.getLogger("ckptmgr")
+
+
+class CheckpointManager:
+    """Saves everything that a Trainer needs to go on, and resumes by itself in ``fit``.
+
+    Works with ``lightning`` and with ``pytorch_lightning``: an instance is a ``ModelCheckpoint`` of whichever of them
+    the program has imported. ``trainer.fit(model)`` goes on where the run stopped, bit-identical; ``ckpt_path`` takes
+    ``"last"``, ``"best"`` and references such as ``runs/digits@1200``. SIGTERM saves at the next step boundary and
+    exits with code 75.
+
+    Args:
+        run_dir: Directory or fsspec URL of one training run. By default a fresh one below
+            ``<default_root_dir>/runs``; under SLURM and torchelastic that of the job. ``ckptmgr resume`` overrides it.
+        every_n_train_steps: Save whenever this many optimizer steps have passed.
+        every_n_epochs: Save at the end of every n-th epoch.
+        train_time_interval: Save when the last save is this old. In seconds, or a `timedelta`.
+        monitor: Name of the logged metric that says which checkpoint is best.
+        mode: Whether a smaller (``min``) or a larger (``max``) value is better.
+        save_top_k: How many of the best to keep, with ``monitor``. 0: none; -1: keep every checkpoint.
+        keep_last: How many of the newest to keep.
+        keep_every_n_steps: Keep forever the first checkpoint at or after each multiple of this.
+        save_weights_only: Save what inference needs. Such checkpoints cannot be resumed.
+        save_on_exception: Save the last completed step when an exception (or Ctrl-C) ends the training. Costs a copy of
+            buffers, RNG and counters at each step.
+        save_on_signal: Save and exit with code 75 at the next step boundary after SIGTERM.
+        triggers: Decides when to save, instead of the intervals above.
+        retention: Decides what to keep, instead of the numbers above.
+        resume: ``auto`` goes on where the run stopped, if it ever saved; ``must`` wants a checkpoint; ``never`` starts
+            from nothing; a selector (``best``, a step, a tag, an id) goes back to that checkpoint; a reference to
+            another run begins with its checkpoint, until this run has one of its own.
+        storage_options: Passed to the storage. Never recorded.
+        background: Write while training goes on. False makes each save wait until it is durable.
+        **others: Other arguments of ModelCheckpoint: accepted, and named in a warning where they have no meaning here.
+
+    Raises:
+        UsageError: An argument cannot be meant as it was given.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[CheckpointManager("runs/digits", every_n_train_steps=100)])  # doctest: +SKIP
+        >>> trainer.fit(model)  # doctest: +SKIP
+    """
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Make an instance that is a ModelCheckpoint too."""
+        instance: Self = super().__new__(with_lightning_base(cls))
+        return instance
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str] | None = None,
+        *,
+        every_n_train_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        train_time_interval: timedelta | float | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        save_top_k: int = 1,
+        keep_last: int = 3,
+        keep_every_n_steps: int | None = None,
+        save_weights_only: bool = False,
+        save_on_exception: bool = False,
+        save_on_signal: bool = True,
+        triggers: Trigger | None = None,
+        retention: RetentionPolicy | None = None,
+        resume: str = "auto",
+        storage_options: Mapping[str, Any] | None = None,
+        background: bool = True,
+        **others: Any,
+    ) -> None:
+        # ModelCheckpoint's own constructor is left out: it sets up the saving that this class replaces.
+        run_dir = warn_of_unused(run_dir, others)
+        chosen, self._resume = requested_run(run_dir, resume)
+        self._run_dir = None if chosen is None else absolute(chosen)
+        intervals = trigger_from(
+            every_n_steps=every_n_train_steps,
+            every_n_epochs=every_n_epochs,
+            time_interval=train_time_interval,
+            on_signal=save_on_signal,
+            on_exception=save_on_exception,
+        )
+        always: list[Trigger] = [OnSignal()] * save_on_signal + [OnException()] * save_on_exception
+        self._trigger = intervals if triggers is None else AnyOf(*always, triggers)
+        self._retention = retention or retention_of(
+            keep_last=keep_last,
+            save_top_k=save_top_k,
+            keep_every_n_steps=keep_every_n_steps,
+            monitor=monitor,
+            mode=mode,
+        )
+        self._monitor = None if monitor is None else Monitor(monitor, mode)
+        self._storage_options = storage_options
+        self._background = background
+        self._saves_on_exception = save_on_exception
+        self._saves_on_signal = save_on_signal
+        # Read by loggers and by Lightning itself.
+        self.monitor, self.mode, self.save_top_k, self.save_last = monitor, mode, save_top_k, True
+        self.save_weights_only, self.save_on_exception, self.verbose = save_weights_only, save_on_exception, False
+        self.filename, self.best_k_models, self.kth_best_model_path = None, {}, ""  # type: ignore[var-annotated]
+        self._every_n_train_steps, self._every_n_epochs = every_n_train_steps or 0, every_n_epochs or 0
+        self._train_time_interval = train_time_interval
+        self._past: TrainingRun | None = None
+        self._trainer: Any = None
+        self._hooks: LoopHooks | None = None
+        self._resumption: Resume | None = None
+        self._signal: StopSignal | None = None
+        self._saver: Saver | None = None
+
+    # What users and Lightning ask for.
+
+    @property
+    def run_dir(self) -> str | None:
+        """The run directory; None as long as it depends on a Trainer that this manager has not met."""
+        return self._run_dir
+
+    @property
+    def dirpath(self) -> str | None:
+        """The run directory, under ModelCheckpoint's name."""
+        return self._run_dir
+
+    @property
+    def best_model_path(self) -> str:
+        """URL of the best checkpoint, of the newest one without ``monitor``; empty if there is none.
+
+        Can be given to ``ckpt_path`` and to ``load_from_checkpoint``.
+        """
+        if self._monitor is None:
+            return self.last_model_path
+        known = self._known_run()
+        if known is not None:
+            found = known.best()
+            return "" if found is None else self._url(found[0])
+        try:
+            catalog = self._catalog()
+            return (
+                "" if catalog is None else self._url(catalog.best(self._monitor.metric, self._monitor.mode).checkpoint)
+            )
+        except CheckpointNotFoundError:
+            return ""
+
+    @property
+    def best_model_score(self) -> torch.Tensor | None:
+        """The best checkpoint's value of the monitored metric."""
+        known = self._known_run()
+        if self._monitor is None or known is None:
+            return None
+        found = known.best()
+        return None if found is None else torch.tensor(found[1])
+
+    @property
+    def current_score(self) -> torch.Tensor | None:
+        """The newest value of the monitored metric."""
+        value = None if self._saver is None else self._saver.latest_metrics.get(str(self.monitor))
+        return None if value is None else torch.tensor(value)
+
+    @property
+    def last_model_path(self) -> str:
+        """URL of the newest checkpoint; empty if there is none."""
+        known = self._known_run()
+        if known is not None:
+            latest = known.latest()
+            return "" if latest is None else self._url(latest)
+        try:
+            catalog = self._catalog()
+            return "" if catalog is None else self._url(catalog.latest().checkpoint)
+        except CheckpointNotFoundError:
+            return ""
+
+    @property
+    def state_key(self) -> str:
+        """Unique among all callbacks: two managers of one run are refused with a message of ours."""
+        return f"CheckpointManager({self._run_dir!r}, {id(self)})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: what is best and newest follows from the run directory."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take nothing."""
+
+    def _find_last_checkpoints(self, trainer: Any) -> set[str]:
+        if self._run_dir is None:
+            self._settle_run_dir(trainer, fresh=False)
+        return {self.last_model_path} - {""}
+
+    def wait(self) -> None:
+        """Wait until the last save is durable.
+
+        Raises:
+            SaveFailedError, Fenced: It failed.
+        """
+        if self._saver is not None:
+            self._saver.run.wait()
+
+    # Lightning's hooks, in their order.
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Take our place in the Trainer: its CheckpointIO, and in ``fit`` its way to resume and its loops."""
+        tree = tree_for(trainer, self)
+        check_compatible(trainer, tree)
+        if trainer.world_size > 1:
+            raise TopologyError(
+                f"CheckpointManager cannot save {trainer.world_size} ranks yet",
+                why="each rank has RNG and data of its own, and only one rank's would be saved",
+                next="train with devices=1, or use Lightning's ModelCheckpoint until ranks are supported",
+            )
+        checkpoint_io = install_checkpoint_io(trainer, tree, self._storage_options)
+        if stage != "fit" or trainer.fast_dev_run:
+            return
+        self._settle_run_dir(trainer, fresh=True)
+        self._trainer, self._saver = trainer, None
+        managers = [callback for callback in trainer.callbacks if isinstance(callback, CheckpointManager)]
+        self._refuse_conflicts(managers)
+        self._signal = StopSignal() if self._saves_on_signal else None
+        if managers[0] is self:
+            sigterm = module_of(tree, "utilities.exceptions").SIGTERMException
+            self._hooks = LoopHooks(trainer, self, notify=_log.warning, sigterm=sigterm)
+            self._hooks.install()
+        else:
+            self._hooks = managers[0]._hooks
+        assert self._run_dir is not None
+        self._resumption = Resume(
+            trainer, checkpoint_io, self._run_dir, self._resume, self._open, storage_options=self._storage_options
+        )
+        self._resumption.install(self._hooks, leads=managers[0] is self)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Accept what was restored, prove that everything can be saved, and listen to signals."""
+        if self._resumption is None:
+            return
+        resumption, hooks = self._resumption, self._hooks
+        assert hooks is not None
+        run = resumption.opened()
+        names = resumption.validation_names
+        continued = resumption.accept()
+        self._saver = Saver(
+            trainer,
+            run,
+            hooks,
+            trigger=self._trigger,
+            weights_only=self.save_weights_only,
+            on_exception=self._saves_on_exception,
+            on_signal=self._saves_on_signal,
+            continued=continued,
+            validation_names=names,
+        )
+        self._saver.prove()
+        if self._signal is not None:
+            self._signal.install()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Note that parameters are about to change: until the step ends, nothing can be saved."""
+        if self._saver is not None:
+            self._saver.step_begins()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Note that parameters may be swapped for averaged ones."""
+        if self._saver is not None:
+            self._saver.validation_begins()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Note which metrics validation logged, and at which step."""
+        if self._saver is not None:
+            self._saver.validation_ends()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Nothing: the module's own hook comes after this one. Saves happen at step boundaries."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Nothing, for the same reason."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say so if there was nothing to train."""
+        if self._resumption is not None and self._resumption.leads and self._hooks is not None and self._hooks.finish():
+            self._say(
+                f"{self._run_dir} is finished: step {trainer.global_step}, nothing left to train. Raise max_epochs or "
+                "max_steps to go on" + (f", or pass ckpt_path={self.last_model_path!r}" if trainer.should_stop else "")
+            )
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Wait for the last save, and let go of the Trainer and of the run."""
+        if stage == "fit":
+            self._end(trainer, "finished", None)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Save the last completed step if asked to, and let go. ``teardown`` is not called after exceptions."""
+        if self._resumption is None:
+            return
+        outcome: Literal["failed", "preempted"] = "preempted" if isinstance(exception, Preempted) else "failed"
+        try:
+            if outcome == "failed" and self._saver is not None:
+                self._saver.save_last_step(exception)
+        except Exception as failure:
+            exception.add_note(f"ckptmgr: nothing was saved after this exception: {failure}")
+            _log.exception("nothing was saved after the exception")
+        try:
+            self._end(trainer, outcome, f"{type(exception).__name__}: {exception}")
+        except Exception as failure:
+            exception.add_note(f"ckptmgr: {failure}")
+            _log.exception("the run could not be closed")
+
+    # Boundaries.
+
+    def at_boundary(self, boundary: Boundary) -> None:
+        """Save where that is due, in every manager of the Trainer."""
+        rng = capture_rng()
+        managers = [callback for callback in self._trainer.callbacks if isinstance(callback, CheckpointManager)]
+        savers = [manager._saver for manager in managers if manager._saver is not None]
+        is_clean = [saver.at_boundary(boundary, rng, told_to_stop=self.is_told_to_stop()) for saver in savers]
+        if self.is_told_to_stop() and any(is_clean):
+            raise Preempted
+
+    def at_cut_validation(self) -> None:
+        """Save the step before a validation that SIGTERM has cut short, in every manager, and end."""
+        managers = [callback for callback in self._trainer.callbacks if isinstance(callback, CheckpointManager)]
+        savers = [manager._saver for manager in managers if manager._saver is not None]
+        if any(saver.is_validating for saver in savers):
+            for saver in savers:
+                saver.save_before_validation()
+            raise Preempted
+
+    def is_told_to_stop(self) -> bool:
+        """Say whether SIGTERM came in."""
+        return self._signal is not None and self._signal.received is not None
+
+    # The run.
+
+    def _open(self, resume: str) -> TrainingRun:
+        assert self._run_dir is not None
+        return TrainingRun.open(
+            self._run_dir,
+            resume=resume,
+            retention=self._retention,
+            monitor=self._monitor,
+            storage_options=self._storage_options,
+            background=self._background,
+        )
+
+    def _end(self, trainer: Any, outcome: Literal["finished", "failed", "preempted"], error: str | None) -> None:
+        saver, self._saver = self._saver, None
+        resumption, self._resumption = self._resumption, None
+        run = None
+        if self._signal is not None:
+            self._signal.uninstall()
+        if saver is not None:
+            saver.close()
+        if resumption is not None:
+            resumption.uninstall()
+            run = resumption.run
+            if resumption.leads and self._hooks is not None:
+                self._hooks.uninstall()
+        if run is not None:
+            self._past = run
+            run.close(outcome, step=trainer.global_step, error=error)
+
+    def _settle_run_dir(self, trainer: Any, *, fresh: bool) -> None:
+        if self._run_dir is None and (fresh or job_name(os.environ) is not None):
+            self._run_dir = default_run_dir(os.fspath(trainer.default_root_dir))
+
+    def _refuse_conflicts(self, managers: list[CheckpointManager]) -> None:
+        for other in managers:
+            if other is not self and other._run_dir == self._run_dir:
+                raise UsageError(
+                    f"two CheckpointManagers of one Trainer save into {self._run_dir}",
+                    why="a run has one writer",
+                    next="give each its own run directory, or join their triggers in one manager",
+                )
+
+    def _known_run(self) -> TrainingRun | None:
+        return self._past if self._saver is None else self._saver.run
+
+    def _catalog(self) -> Catalog | None:
+        if self._run_dir is None:
+            return None
+        catalog = Catalog(open_storage(self._run_dir, storage_options=self._storage_options))
+        return catalog if catalog.is_run else None
+
+    def _url(self, checkpoint: Any) -> str:
+        return url_of(f"{self._run_dir}@{checkpoint}")
+
+    def _say(self, message: str) -> None:
+        module_of(tree_for(self._trainer, self), "utilities.rank_zero").rank_zero_info(message)

@@ -1,0 +1,222 @@
+"""Opening the run in ``fit``, and handing what it continues to Lightning."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ckptmgr.errors import CheckpointNotFoundError, UsageError
+from ckptmgr.lightning.assemble import (
+    DATA,
+    RNG,
+    TRAINER,
+    WEIGHTS_ONLY_REASON,
+    check_model,
+    restore_optimizers_and_schedulers,
+)
+from ckptmgr.lightning.compat import module_of, tree_of
+from ckptmgr.lightning.filesystem import own_reference, url_of
+from ckptmgr.lightning.loops import LoopHooks
+from ckptmgr.lightning.run_directory import absolute
+from ckptmgr.lightning.trainer_metrics import restore_metrics
+from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
+from ckptmgr.run.catalog import Catalog
+from ckptmgr.run.reference import Reference, parse_reference
+from ckptmgr.storage.open import open_storage
+from ckptmgr.training_run import RUN_DIR_VARIABLE, TrainingRun
+
+__all__ = ["Resume"]
+
+
+class Resume:
+    """One ``fit``'s way into a run.
+
+    Lightning resolves ``ckpt_path`` before any callback is asked, so the place to choose is where it reads the
+    checkpoint: ``resume_start`` of the live connector is replaced, for one call.
+
+    Args:
+        trainer: The Trainer, in its ``setup``.
+        checkpoint_io: Ours, installed.
+        run_dir: The manager's run.
+        resume: The manager's choice.
+        open_run: Claims the run, given a choice.
+        storage_options: For reading other runs.
+
+    Attributes:
+        leads: This manager resumes the Trainer; others of the same Trainer only save.
+        run: The open run, once there is one.
+        loaded: What is being restored; None on a fresh start, and once it was accepted.
+        validation_names: Metrics that are logged by validation.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        checkpoint_io: Any,
+        run_dir: str,
+        resume: str,
+        open_run: Callable[[str], TrainingRun],
+        *,
+        storage_options: Mapping[str, Any] | None,
+    ) -> None:
+        self.leads = False
+        self.run: TrainingRun | None = None
+        self.loaded: LoadedCheckpoint | None = None
+        self.validation_names: set[str] = set()
+        self._trainer = trainer
+        self._io = checkpoint_io
+        self._run_dir = run_dir
+        self._resume = resume
+        self._open_run = open_run
+        self._storage_options = storage_options
+        self._hooks: LoopHooks | None = None
+        self._sanity_steps: int | None = None
+        self._is_own = False
+
+    def install(self, hooks: LoopHooks | None, *, leads: bool) -> None:
+        """Take the place of the connector's ``resume_start``."""
+        self.leads, self._hooks = leads, hooks
+        if not leads:
+            return
+        connector = self._trainer._checkpoint_connector
+        original = connector.resume_start
+
+        def resume_start(checkpoint_path: Any = None, *args: Any, **kwargs: Any) -> None:
+            vars(connector).pop("resume_start", None)
+            original(self._choose(checkpoint_path), *args, **kwargs)
+
+        connector.resume_start = resume_start
+
+    def uninstall(self) -> None:
+        """Leave nothing of ours on the connector. Idempotent."""
+        connector = self._trainer._checkpoint_connector
+        for name in ("resume_start", "restore_optimizers_and_schedulers"):
+            vars(connector).pop(name, None)
+        self._restore_sanity_check()
+        self._io.preloaded.clear()
+
+    def opened(self) -> TrainingRun:
+        """Return the run; opens it if this manager does not lead."""
+        self._restore_sanity_check()
+        if self.run is None:
+            self.run = self._open_following()
+        return self.run
+
+    def accept(self) -> Any:
+        """Record the line, and free what was loaded.
+
+        Returns:
+            The id of the checkpoint that was continued, if it is one of this run.
+        """
+        assert self.run is not None
+        loaded = self.run.continued
+        self.run.accept()
+        self.run.continued = self.loaded = None
+        return None if loaded is None else loaded.manifest.id
+
+    def _choose(self, checkpoint_path: Any) -> Any:
+        if checkpoint_path is not None and os.environ.get(RUN_DIR_VARIABLE):
+            self._say(f"ckpt_path={str(checkpoint_path)!r} is ignored: {RUN_DIR_VARIABLE} says which run to resume")
+            checkpoint_path = None
+        explicit = checkpoint_path is not None
+        if explicit:
+            reference = own_reference(checkpoint_path)
+            if reference is None:
+                # A file of Lightning's own: restored as Lightning does, saved from then on as we do.
+                self.run = self._open_run("never")
+                return checkpoint_path
+            self._open_at(reference)
+        elif self._trainer.global_step > 0:
+            # A second fit of this Trainer goes on from what is in memory.
+            self.run = self._open_following()
+            return None
+        else:
+            self._open_as_chosen()
+        if self.loaded is None:
+            return None
+        return self._hand_over(self.loaded, explicit=explicit)
+
+    def _open_as_chosen(self) -> None:
+        if self._resume in ("auto", "must", "never") or not any(mark in self._resume for mark in "/@\\"):
+            self.run = self._open_run(self._resume)
+            self.loaded = self.run.continued
+            return
+        # A fork: another run's checkpoint is where this one begins, and not where it goes back to when it is requeued.
+        if self._newest_step() is not None:
+            self.run = self._open_run("auto")
+            self.loaded = self.run.continued
+        else:
+            self._open_at(parse_reference(self._resume))
+
+    def _open_at(self, reference: Reference) -> None:
+        if absolute(reference.run_dir) == self._run_dir:
+            self.run = self._open_run("must" if reference.selector == "latest" else reference.selector)
+            self.loaded = self.run.continued
+            return
+        self.loaded = load_checkpoint(reference, storage_options=self._storage_options)
+        self.run = self._open_run("never")
+
+    def _open_following(self) -> TrainingRun:
+        """Open a run that goes on from the state in memory."""
+        is_current = self._newest_step() == self._trainer.global_step
+        return self._open_run("auto" if is_current else "never")
+
+    def _newest_step(self) -> int | None:
+        catalog = Catalog(open_storage(self._run_dir, storage_options=self._storage_options))
+        if not catalog.is_run:
+            return None
+        try:
+            return catalog.latest().step
+        except CheckpointNotFoundError:
+            return None
+
+    def _hand_over(self, loaded: LoadedCheckpoint, *, explicit: bool) -> str:
+        trainer, hooks = self._trainer, self._hooks
+        assert hooks is not None
+        url = url_of(loaded.reference)
+        tree = loaded.entries[TRAINER].tree if TRAINER in loaded.entries else {}
+        if tree.get("weights_only") or not {DATA, RNG} <= loaded.entries.keys():
+            raise UsageError(
+                f"{loaded.reference} cannot be resumed",
+                why=WEIGHTS_ONLY_REASON if tree.get("weights_only") else "it was not saved by a CheckpointManager",
+                next=f"start another run from its weights: Model.load_from_checkpoint({url!r})",
+            )
+        check_model(trainer.lightning_module, loaded)
+        position = loaded.entries[DATA].tree
+        if explicit and position["place"] == "epoch":
+            # Named by hand, a run that was stopped early is meant to go on.
+            position = {**position, "should_stop": False}
+        self.validation_names = set(tree["validation_names"])
+        metrics = tree["metrics"]
+        hooks.resume_at(
+            position,
+            loaded.entries[RNG].tree,
+            step=loaded.manifest.step,
+            on_resumed=lambda: restore_metrics(trainer, metrics),
+        )
+        connector = trainer._checkpoint_connector
+
+        def restore() -> None:
+            vars(connector).pop("restore_optimizers_and_schedulers", None)
+            restore_optimizers_and_schedulers(trainer, loaded)
+
+        connector.restore_optimizers_and_schedulers = restore
+        # It would run the model and its metrics once more than the run that goes on did.
+        self._sanity_steps, trainer.num_sanity_val_steps = trainer.num_sanity_val_steps, 0
+        self._io.preloaded[url] = loaded
+        data = position["data"] or {"epoch": 0, "batches": 0}
+        self._say(
+            f"resuming {loaded.run_dir} from step {loaded.manifest.step}: epoch {data['epoch']}, "
+            f"{data['batches']} batches trained"
+        )
+        return url
+
+    def _restore_sanity_check(self) -> None:
+        if self._sanity_steps is not None:
+            self._trainer.num_sanity_val_steps, self._sanity_steps = self._sanity_steps, None
+
+    def _say(self, message: str) -> None:
+        tree = tree_of(self._trainer)
+        assert tree is not None
+        module_of(tree, "utilities.rank_zero").rank_zero_info(message)
