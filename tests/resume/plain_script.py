@@ -89,7 +89,9 @@ def train(setup: Setup, faults: Faults, job: dict[str, Any]) -> None:
     manager: Any = Checkpointer(job["run_dir"], state, **job["options"]) if job["run_dir"] else Unmanaged()
     with manager as ckpt:
         step = ckpt.resume()
-        for numbers, x, y in ckpt.batches(loader, epochs=setup.epochs, **job.get("batches", {})):
+        is_done = setup.max_steps is not None and step >= setup.max_steps
+        batches = [] if is_done else ckpt.batches(loader, epochs=setup.epochs, **job.get("batches", {}))
+        for numbers, x, y in batches:
             turn = len(progress["trace"]) + 1
             faults.reached("fetched", turn)
             if ckpt.epoch != progress["epoch"]:
