@@ -7,13 +7,15 @@ reading.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from typing import Literal
 
 from ckptmgr.errors import CheckpointNotFoundError, CkptmgrError, CorruptCheckpointError, RunNotFoundError, UsageError
 from ckptmgr.format.layout import RUN_MARKER, CheckpointId, manifest_key, parse_attempt_key, parse_checkpoint_key
-from ckptmgr.format.manifest import Manifest, Note, decode_manifest, metric_from_value
+from ckptmgr.format.manifest import Continuation, Manifest, Note, decode_manifest, metric_from_value
 from ckptmgr.format.manifest import RunMarker as Marker
 from ckptmgr.format.record import decode_record
 from ckptmgr.policy.retention import CheckpointFacts, best
@@ -21,6 +23,8 @@ from ckptmgr.run.lineage import Line, read_line, trace_line
 from ckptmgr.storage.protocol import Storage
 
 __all__ = ["Catalog"]
+
+_log = logging.getLogger("ckptmgr")
 
 
 class Catalog:
@@ -33,7 +37,8 @@ class Catalog:
     Attributes:
         storage: The run's root.
         sizes: Size in bytes of every object below the root, by key.
-        attempts: Attempt number → names of its records (``claim``, ``line``, ``start``, ``end``).
+        attempts: Attempt number → names of its records (``claim``, ``line``, ``start``, ``end``). One whose records
+            were lost, but not what it saved, has none.
         committed: Ids of all committed checkpoints, ascending.
         torn: Ids of saves that were started and never committed, ascending.
     """
@@ -48,6 +53,7 @@ class Catalog:
                 self.attempts.setdefault(attempt[0], set()).add(attempt[1])
             elif checkpoint := parse_checkpoint_key(key):
                 self._files.setdefault(checkpoint[0], set()).add(checkpoint[1])
+                self.attempts.setdefault(checkpoint[0].attempt, set())
         self.committed = sorted(id for id, files in self._files.items() if "manifest.json" in files)
         self.torn = sorted(id for id, files in self._files.items() if "manifest.json" not in files)
         self._manifests: dict[CheckpointId, Manifest] = dict(known or {})
@@ -83,10 +89,58 @@ class Catalog:
         return decode_record(self.storage.read(RUN_MARKER), Marker, where=RUN_MARKER)
 
     @cached_property
+    def run_id(self) -> str | None:
+        """The run's own id: its marker's, else that of its newest readable manifest; None for a new run.
+
+        Raises:
+            FormatVersionError: The run was made by a newer format.
+        """
+        problem: CorruptCheckpointError | None = None
+        if self.is_run:
+            try:
+                return self.marker.run_id
+            except CorruptCheckpointError as error:
+                problem = error
+        for checkpoint in reversed(self.committed):
+            try:
+                run_id = self.manifest(checkpoint).run_id
+            except CorruptCheckpointError:
+                continue
+            _log.warning("%s in %s; its checkpoints tell the run's id", problem or f"no {RUN_MARKER}", self.storage.url)
+            return run_id
+        if problem is not None:
+            raise problem
+        return None
+
+    @cached_property
     def line(self) -> Line:
-        """The line of the newest attempt that recorded one. A claim alone fences, but leads nowhere."""
-        recorded = [number for number, records in self.attempts.items() if "line" in records]
-        return trace_line(max(recorded, default=None), lambda attempt: read_line(self.storage, attempt))
+        """The line of the newest attempt that recorded one. A claim alone fences, but leads nowhere.
+
+        Raises:
+            CorruptCheckpointError: It cannot be followed to its start.
+        """
+        savers = {checkpoint.attempt for checkpoint in self.committed}
+        recorded = sorted(number for number, records in self.attempts.items() if "line" in records or number in savers)
+        while recorded:
+            try:
+                self._read_link(recorded[-1])
+            except CorruptCheckpointError as error:
+                # It saved nothing, or a manifest of it would tell the same.
+                _log.warning("%s; attempt %d is left out", error, recorded.pop())
+            else:
+                break
+        return trace_line(recorded[-1] if recorded else None, self._read_link)
+
+    def _read_link(self, attempt: int) -> Continuation | None:
+        try:
+            return read_line(self.storage, attempt).continues
+        except (CorruptCheckpointError, FileNotFoundError):
+            # Every manifest of the attempt holds the same.
+            for checkpoint in self.committed:
+                if checkpoint.attempt == attempt:
+                    with suppress(CorruptCheckpointError):
+                        return self.manifest(checkpoint).continues
+            raise
 
     @property
     def on_line(self) -> list[CheckpointId]:
@@ -131,7 +185,10 @@ class Catalog:
     def why_not_intact(self, checkpoint: CheckpointId) -> str | None:
         """Return why a committed checkpoint cannot be used; None if it is intact as far as a listing tells."""
         try:
-            problems = self.what_is_missing(self.manifest(checkpoint))
+            manifest = self.manifest(checkpoint)
+            problems = self.what_is_missing(manifest)
+            if manifest.run_id != self.run_id:
+                problems.append(f"it belongs to another run: {manifest.run_id}, not {self.run_id}")
         except CkptmgrError as error:
             return f"{error.what}: {error.why}" if error.why else error.what
         return "; ".join(problems) or None

@@ -13,7 +13,7 @@ from typing import Literal
 
 from xxhash import xxh3_128_digest
 
-from ckptmgr.errors import StorageError
+from ckptmgr.errors import CorruptCheckpointError, SaveFailedError, StorageError
 from ckptmgr.format.digest import block_digests, combined_digest, split_blocks
 from ckptmgr.format.encoding import safetensors_header
 from ckptmgr.format.layout import CheckpointId, check_key, manifest_key
@@ -24,7 +24,7 @@ from ckptmgr.format.manifest import (
     Manifest,
     TensorRecord,
     Topology,
-    check_manifest,
+    decode_manifest,
     metric_to_value,
 )
 from ckptmgr.format.payload import FilePayload
@@ -71,6 +71,7 @@ def commit_checkpoint(
 
     Raises:
         Fenced: A newer attempt owns the run. If the manifest was already written it lies on nobody's line.
+        SaveFailedError: The manifest would be too large, or a field of it is of a wrong type.
         StorageError: The storage failed. The checkpoints before it are untouched.
     """
     refuse_if_fenced(storage, checkpoint.attempt)
@@ -106,9 +107,15 @@ def commit_checkpoint(
             continues=fields.continues,
             environment=fields.environment,
         )
-        check_manifest(manifest)
+        key = manifest_key(checkpoint)
+        record = encode_record(manifest)
+        # What no reader would accept must not be acknowledged: too large, contradictory, or of a wrong type.
+        try:
+            decode_manifest(record, where=key, checkpoint=checkpoint)
+        except CorruptCheckpointError as error:
+            raise SaveFailedError(f"{key} would not be readable", why=error.why) from error
         refuse_if_fenced(storage, checkpoint.attempt)
-        storage.write(manifest_key(checkpoint), [encode_record(manifest)], exclusive=True)
+        storage.write(key, [record], exclusive=True)
     except StorageError:
         # A newer attempt may have collected our unfinished files: then its existence is the cause worth telling.
         refuse_if_fenced(storage, checkpoint.attempt)

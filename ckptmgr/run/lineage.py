@@ -119,12 +119,12 @@ class Line:
         return limit is None or (checkpoint.step, checkpoint.save) <= (limit.step, limit.save)
 
 
-def trace_line(head: int | None, read: Callable[[int], AttemptLine]) -> Line:
+def trace_line(head: int | None, read: Callable[[int], Continuation | None]) -> Line:
     """Follow the records from an attempt back to the start of its line.
 
     Args:
         head: The newest attempt that recorded its line; None if none did.
-        read: Returns an attempt's record.
+        read: Returns what an attempt continues.
 
     Raises:
         CorruptCheckpointError: The records contradict each other, or one of them is missing.
@@ -135,7 +135,7 @@ def trace_line(head: int | None, read: Callable[[int], AttemptLine]) -> Line:
     while attempt is not None:
         limits[attempt] = limit
         try:
-            link = read(attempt).continues
+            link = read(attempt)
         except FileNotFoundError as error:
             raise _broken(attempt, "its record is missing") from error
         links[attempt] = link

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckptmgr.errors import UsageError
+from ckptmgr.format.layout import CheckpointId
 
-__all__ = ["Reference", "parse_reference"]
+__all__ = ["Reference", "checked_tags", "parse_reference"]
 
 _SELECTOR = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
+_MAX_TAG_LENGTH = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +46,35 @@ def parse_reference(text: str) -> Reference:
             next="for example runs/digits, runs/digits@best or runs/digits@1200",
         )
     return Reference(run_dir, selector)
+
+
+def checked_tags(tags: Iterable[str]) -> tuple[str, ...]:
+    """Return tags that can be used in a reference.
+
+    Raises:
+        UsageError: One of them could not be referred to, or means something else there.
+    """
+    if isinstance(tags, str) or not isinstance(tags, Iterable):
+        raise UsageError(f"tags={tags!r}", why="it is a list of names", next=f"write tags=[{tags!r}]")
+    checked = tuple(tags)
+    for tag in checked:
+        if not isinstance(tag, str) or not _SELECTOR.fullmatch(tag) or len(tag) > _MAX_TAG_LENGTH:
+            raise UsageError(
+                f"{tag!r} cannot be a tag",
+                why=f"a tag is at most {_MAX_TAG_LENGTH} letters, digits, '.', '_' and '-', as in RUN_DIR@tag",
+            )
+        if tag in ("latest", "best") or tag.isdecimal() or _is_id(tag):
+            raise UsageError(
+                f"{tag!r} cannot be a tag",
+                why=f"RUN_DIR@{tag} means something else",
+                next=f"choose another name, such as 'tag-{tag}'",
+            )
+    return checked
+
+
+def _is_id(text: str) -> bool:
+    try:
+        CheckpointId.parse(text)
+    except ValueError:
+        return False
+    return True

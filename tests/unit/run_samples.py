@@ -9,7 +9,7 @@ from ckptmgr.format.payload import FilePayload, TensorPayload
 from ckptmgr.format.record import encode_record
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.commit import CheckpointFields, commit_checkpoint
-from ckptmgr.run.lineage import claim_attempt, record_line
+from ckptmgr.run.lineage import claim_attempt, read_line, record_line
 from ckptmgr.storage.protocol import Storage
 
 STATE = b'{"entries":{"model":{"handler":"module","version":1,"tree":{}}}}'
@@ -29,8 +29,8 @@ def payload(step: int, nfloats: int = 8) -> list[FilePayload]:
     return [FilePayload("model.safetensors", tensors=tensors), FilePayload("state.json", content=STATE)]
 
 
-def create_run(storage: Storage) -> None:
-    marker = RunMarker(version=1, run_id="00" * 8, created_at="2026-01-01T00:00:00.000Z")
+def create_run(storage: Storage, *, run_id: str = "00" * 8) -> None:
+    marker = RunMarker(version=1, run_id=run_id, created_at="2026-01-01T00:00:00.000Z")
     storage.write(RUN_MARKER, [encode_record(marker)], exclusive=True)
 
 
@@ -49,14 +49,16 @@ def save(
     metrics: dict[str, float] | None = None,
     tags: Sequence[str] = (),
     files: list[FilePayload] | None = None,
+    run_id: str = "00" * 8,
 ) -> Manifest:
     fields = CheckpointFields(
-        run_id="00" * 8,
+        run_id=run_id,
         reason="test",
         entries=(EntryRecord(name="model", handler="module", handler_version=1),),
         metrics=metrics or {},
         monitor="loss",
         mode="min",
         tags=tuple(tags),
+        continues=read_line(storage, attempt).continues,
     )
     return commit_checkpoint(storage, CheckpointId(step, attempt, number), files or payload(step), fields)

@@ -125,3 +125,57 @@ def test_a_directory_whose_name_holds_an_at_sign_is_a_run(tmp_path: Path) -> Non
 def test_a_reference_that_cannot_be_meant_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError):
         parse_reference(text)
+
+
+def continued(storage: LocalStorage) -> None:
+    """Add an attempt that goes on from step 20, as step 25."""
+    attempt = start(storage, Catalog(storage).resolve("20"))
+    save(storage, attempt, 25)
+
+
+@pytest.mark.parametrize("is_lost", [False, True], ids=["damaged", "lost"])
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_the_line_is_known_from_manifests_where_its_record_is_not(
+    storage: LocalStorage, root: Path, attempt: int, is_lost: bool
+) -> None:
+    continued(storage)
+    line = root / f"attempts/{attempt:06d}/line.json"
+    if is_lost:
+        line.unlink()
+    else:
+        line.write_bytes(b"x" * 50)
+    assert [id.step for id in Catalog(storage).on_line] == [10, 20, 25]
+
+
+def test_all_records_of_attempts_may_be_lost(storage: LocalStorage, root: Path) -> None:
+    continued(storage)
+    shutil.rmtree(root / "attempts")
+    assert [id.step for id in Catalog(storage).on_line] == [10, 20, 25]
+    assert start(storage, Catalog(storage).latest()) == 3
+
+
+def test_a_damaged_line_of_an_attempt_that_saved_nothing_is_left_out_loudly(
+    storage: LocalStorage, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start(storage, Catalog(storage).resolve("10"))
+    (root / "attempts/000002/line.json").write_bytes(b"x" * 50)
+    assert Catalog(storage).latest().step == 30
+    assert "attempt 2 is left out" in caplog.text
+
+
+def test_a_damaged_marker_is_told_and_harms_nothing(
+    storage: LocalStorage, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (root / "ckptmgr.json").write_bytes(b"{}")
+    assert Catalog(storage).latest().step == 30
+    assert Catalog(storage).run_id == "00" * 8
+    assert "ckptmgr.json" in caplog.text
+
+
+def test_a_checkpoint_of_another_run_is_not_taken_for_one_of_this(storage: LocalStorage, tmp_path: Path) -> None:
+    other = LocalStorage(tmp_path / "other")
+    create_run(other, run_id="11" * 8)
+    manifest = save(other, start(other), 99, run_id="11" * 8)
+    shutil.copytree(tmp_path / "other" / manifest.id.folder, tmp_path / "run" / manifest.id.folder)
+    assert Catalog(storage).latest().step == 30
+    assert "another run" in (Catalog(storage).why_not_intact(manifest.id) or "")

@@ -22,6 +22,7 @@ from ckptmgr.format.layout import attempt_key, manifest_key
 from ckptmgr.format.manifest import Manifest
 from ckptmgr.format.record import encode_record
 from ckptmgr.launch.start_record import describe_start
+from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.lineage import record_end
 from ckptmgr.storage.open import open_storage
 
@@ -118,7 +119,10 @@ def test_an_unreadable_manifest_does_not_keep_the_others_from_being_listed(run_d
 
 
 def test_a_broken_line_is_told_and_what_is_there_is_listed(run_dir: Path, capsys: Output) -> None:
+    storage = open_storage(run_dir)
+    start(storage, continues=Catalog(storage).resolve("250"))
     flip(run_dir / attempt_key(2, "line"), 100)
+    flip(shard(run_dir, 250).parent / "manifest.json", 200)
     status, document = printed_json(run_dir, "ls", capsys)
     assert status == 0
     assert len(document["checkpoints"]) == 4
