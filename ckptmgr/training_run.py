@@ -9,18 +9,20 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ckptmgr.errors import CheckpointNotFoundError, CkptmgrError, CorruptCheckpointError
-from ckptmgr.format.layout import RUN_MARKER, CheckpointId, attempt_key, note_key
+from ckptmgr.errors import CkptmgrError, UsageError
+from ckptmgr.format.layout import MAX_STEP, RUN_MARKER, CheckpointId, attempt_key, note_key
 from ckptmgr.format.manifest import Continuation, EntryRecord, Manifest, Note, Outcome, RunMarker, metric_to_value
 from ckptmgr.format.payload import FilePayload
 from ckptmgr.format.record import FORMAT_VERSION, encode_record
 from ckptmgr.launch.redact import redact_text, secret_values
 from ckptmgr.launch.relaunch import RUN_DIR_VARIABLE
 from ckptmgr.launch.start_record import describe_start
+from ckptmgr.loading import LoadedCheckpoint, choose_checkpoint, load_checkpoint
 from ckptmgr.policy.retention import CheckpointFacts, RetentionPolicy, best, plan
 from ckptmgr.policy.triggers import MetricSpan, widen_spans
 from ckptmgr.run.catalog import Catalog
@@ -29,13 +31,12 @@ from ckptmgr.run.commit import CheckpointFields, commit_checkpoint
 from ckptmgr.run.environment import recorded_versions
 from ckptmgr.run.lineage import claim_attempt, record_end, record_line, refuse_if_fenced
 from ckptmgr.run.prune import abandoned_tips, collect_temporary, collect_torn, delete_checkpoints
-from ckptmgr.run.reader import CheckpointReader
-from ckptmgr.run.reference import Reference, parse_reference
+from ckptmgr.run.reference import Reference, checked_tags, parse_reference
 from ckptmgr.state.capture import CapturedEntry, dry_check
-from ckptmgr.state.codec import load_entries
 from ckptmgr.state.snapshot import SnapshotBuffers
 from ckptmgr.storage.open import open_storage
 from ckptmgr.storage.protocol import Storage
+from ckptmgr.topology import refuse_several_ranks
 from ckptmgr.writer import BackgroundWriter
 
 __all__ = ["RUN_DIR_VARIABLE", "LoadedCheckpoint", "Monitor", "TrainingRun", "load_checkpoint", "requested_run"]
@@ -53,55 +54,44 @@ class Monitor:
     mode: Literal["min", "max"] = "min"
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedCheckpoint:
-    """A checkpoint in host memory, every digest verified.
-
-    Attributes:
-        manifest: Its manifest.
-        entries: Captured entries by name. Their tensors are fresh CPU tensors.
-        run_dir: The run that it was read from.
-    """
-
-    manifest: Manifest
-    entries: dict[str, CapturedEntry]
-    run_dir: str
-
-    @property
-    def reference(self) -> str:
-        """The reference that names exactly this checkpoint."""
-        return f"{self.run_dir}@{self.manifest.checkpoint}"
-
-
 def requested_run(run_dir: str | os.PathLike[str] | None, resume: str) -> tuple[str | None, str]:
-    """Return the run directory and the resume choice in force: ``ckptmgr resume`` overrides what the script says."""
+    """Return the run directory and the resume choice in force: ``ckptmgr resume`` overrides what the script says.
+
+    Raises:
+        UsageError: One of them cannot be meant as it was given.
+    """
+    if not isinstance(resume, str) or not resume:
+        raise UsageError(
+            f"resume={resume!r}",
+            why="it is 'auto', 'must', 'never', or names a checkpoint of the run: 'best', a step, a tag, an id",
+            next="a step is given as text too, such as resume='1200'",
+        )
+    if run_dir is not None:
+        run_dir = _checked_run_dir(run_dir)
     override = os.environ.get(RUN_DIR_VARIABLE)
     if override:
         reference = parse_reference(override)
         # A run that was killed before its first save has nothing to resume, and starts again.
         return reference.run_dir, "auto" if reference.selector == "latest" else reference.selector
-    return (None if run_dir is None else os.fspath(run_dir)), resume
+    return run_dir, resume
 
 
-def load_checkpoint(
-    reference: str | Reference, *, names: Sequence[str] | None = None, storage_options: Mapping[str, Any] | None = None
-) -> LoadedCheckpoint:
-    """Read a checkpoint without claiming its run.
-
-    Args:
-        reference: ``RUN_DIR`` or ``RUN_DIR@SELECTOR``.
-        names: Only these entries; all by default.
-        storage_options: For the storage; never recorded.
-
-    Raises:
-        RunNotFoundError, CheckpointNotFoundError: Nothing answers to the reference.
-        CorruptCheckpointError: It is damaged. For ``latest`` an older intact one is used instead, with a warning.
-    """
-    if isinstance(reference, str):
-        reference = parse_reference(reference)
-    storage = open_storage(reference.run_dir, storage_options=storage_options)
-    catalog = Catalog.of_existing_run(storage)
-    return _choose(catalog, reference, names)
+def _checked_run_dir(run_dir: object) -> str:
+    path = os.fspath(run_dir) if isinstance(run_dir, str | os.PathLike) else None
+    if not isinstance(path, str) or not path:
+        raise UsageError(
+            f"{run_dir!r} is no run directory",
+            why="it is a path or a URL, as text or as a pathlib.Path",
+            next="give one directory for each training run, such as 'runs/digits'",
+        )
+    reference = parse_reference(path)
+    if reference.run_dir != path:
+        raise UsageError(
+            f"{path!r} names a checkpoint, not a run directory",
+            why="what stands after the last @ chooses a checkpoint of a run",
+            next=f"give run_dir={reference.run_dir!r}, resume={reference.selector!r}, or a name without @",
+        )
+    return path
 
 
 class TrainingRun:
@@ -142,7 +132,9 @@ class TrainingRun:
         self._dropping: set[CheckpointId] = set()
         self._is_checked = False
         self._is_closed = False
+        self._has_waited = False
         self._run_id = ""
+        self._pid = os.getpid()
         self._environment = recorded_versions()
 
     @classmethod
@@ -172,23 +164,28 @@ class TrainingRun:
 
         Raises:
             CheckpointNotFoundError: ``resume`` wants a checkpoint that is not there. Nothing was claimed.
+            FormatVersionError: The run was made by a newer format. Nothing was claimed.
+            TopologyError: The job has several ranks. Nothing was claimed.
             CorruptCheckpointError: There are checkpoints, and none of them is whole.
         """
+        refuse_several_ranks()
         storage = open_storage(run_dir, storage_options=storage_options)
         run = cls(run_dir, storage, retention=retention, monitor=monitor, background=background)
         selector = "latest" if resume in ("auto", "must", "never") else resume
         catalog = Catalog(storage)
         if resume not in ("auto", "never"):
             Catalog.of_existing_run(storage).resolve(selector)
+        # A run that this process cannot use is not taken away from the one that can.
+        run_id = catalog.run_id
         if not catalog.is_run:
-            _create_marker(storage)
+            _create_marker(storage, run_id or secrets.token_hex(8))
         run._attempt = claim_attempt(storage, catalog.attempts).attempt
         # Listed again: what was committed before the claim, and only that, can be chosen.
         catalog = Catalog(storage)
-        run._run_id = catalog.marker.run_id
+        run._run_id = catalog.run_id or ""
         storage.write(attempt_key(run._attempt, "start"), [encode_record(describe_start(run_dir=run_dir))])
         if resume != "never" and (catalog.on_line or resume != "auto"):
-            run.continued = _choose(catalog, Reference(run_dir, selector), None)
+            run.continued = choose_checkpoint(catalog, Reference(run_dir, selector), None)
         return run
 
     @property
@@ -235,14 +232,16 @@ class TrainingRun:
             UnsupportedStateError: At the first save: a value that cannot be stored.
             SaveFailedError, Fenced: The save before this one failed, or with ``wait`` this one.
         """
+        self._refuse_in_fork("save")
+        tags = checked_tags(tags)
+        if step > MAX_STEP:
+            raise UsageError(f"step {step} is larger than {MAX_STEP}", why="a checkpoint's name has ten digits for it")
         began = time.monotonic()
         if not self._is_checked:
             dry_check(entries)
             self._is_checked = True
         name = f"the save of step {step}"
-        if self._writer.is_busy:
-            _log.info("%s waits for the save before it", name)
-        self._writer.wait()
+        self._wait_for_writer(name)
         files = self._buffers.snapshot(entries)
         checkpoint = CheckpointId(step, self._attempt, self._nsaves)
         self._nsaves += 1
@@ -255,7 +254,7 @@ class TrainingRun:
             metrics=dict(metrics or {}),
             monitor=self.monitor.metric if self.monitor else None,
             mode=self.monitor.mode if self.monitor else None,
-            tags=tuple(tags),
+            tags=tags,
             continues=self._continuation,
             environment=self._environment,
         )
@@ -269,6 +268,8 @@ class TrainingRun:
         self, checkpoint: CheckpointId, *, metrics: Mapping[str, float] | None = None, tags: Sequence[str] = ()
     ) -> None:
         """Add metrics or tags to a checkpoint that was saved before they were known. Waits for it to be durable."""
+        self._refuse_in_fork("annotate")
+        tags = checked_tags(tags)
         self.wait()
         note = Note(
             version=FORMAT_VERSION,
@@ -276,7 +277,7 @@ class TrainingRun:
             attempt=self._attempt,
             created_at=utc_now(),
             metrics={name: metric_to_value(value) for name, value in (metrics or {}).items()},
-            tags=tuple(tags),
+            tags=tags,
         )
         refuse_if_fenced(self.storage, self._attempt)
         self.storage.write(note_key(checkpoint, self._attempt, self._nnotes), [encode_record(note)], exclusive=True)
@@ -316,14 +317,45 @@ class TrainingRun:
         Raises:
             SaveFailedError, Fenced: The last save failed.
         """
-        if self._is_closed:
+        # A forked child that leaves its parent's `with` block has nothing to end.
+        if self._is_closed or os.getpid() != self._pid:
             return
         self._is_closed = True
-        self._writer.wait()
+        try:
+            self._writer.wait()
+        except Exception as failure:
+            with suppress(CkptmgrError, FileExistsError):
+                self._record_end("failed", step, f"{type(failure).__name__}: {failure}")
+            raise
         self._delete(self._dropping)
+        self._record_end(outcome, step, error)
+
+    def _record_end(self, outcome: Outcome, step: int | None, error: str | None) -> None:
         if error is not None:
             error = redact_text(error, secret_values(os.environ))[:_MAX_ERROR_LENGTH]
         record_end(self.storage, self._attempt, outcome, step=step, error=error)
+
+    def _refuse_in_fork(self, action: str) -> None:
+        if os.getpid() != self._pid:
+            raise UsageError(
+                f"cannot {action} in process {os.getpid()}: process {self._pid} opened {self.run_dir}",
+                why="a forked child shares its parent's attempt, and two writers of one attempt cannot be told apart",
+                next="save in the process that opened the run",
+            )
+
+    def _wait_for_writer(self, name: str) -> None:
+        if not self._writer.is_busy:
+            self._writer.wait()
+            return
+        began = time.monotonic()
+        self._writer.wait()
+        _log.log(
+            logging.INFO if self._has_waited else logging.WARNING,
+            "%s waited %.2f s for the save before it: saves are due faster than the storage takes them",
+            name,
+            time.monotonic() - began,
+        )
+        self._has_waited = True
 
     def _commit(
         self,
@@ -363,6 +395,9 @@ class TrainingRun:
         try:
             catalog = Catalog(self.storage, known=self._known)
             refuse_if_fenced(self.storage, self._attempt)
+            if catalog.line.head != self._attempt:
+                _log.warning("nothing old is deleted: the line of attempt %d cannot be read", self._attempt)
+                return
             tips = abandoned_tips(catalog)
             beside = {
                 id
@@ -381,47 +416,9 @@ class TrainingRun:
             self._known.pop(checkpoint, None)
 
 
-def _create_marker(storage: Storage) -> None:
-    marker = RunMarker(version=FORMAT_VERSION, run_id=secrets.token_hex(8), created_at=utc_now())
+def _create_marker(storage: Storage, run_id: str) -> None:
+    marker = RunMarker(version=FORMAT_VERSION, run_id=run_id, created_at=utc_now())
     try:
         storage.write(RUN_MARKER, [encode_record(marker)], exclusive=True)
     except FileExistsError:
         return  # Another process created the same run at the same moment.
-
-
-def _choose(catalog: Catalog, reference: Reference, names: Sequence[str] | None) -> LoadedCheckpoint:
-    """Load the checkpoint that a reference names; for ``latest`` the newest one that is whole."""
-    if reference.selector != "latest":
-        return _load(catalog, catalog.resolve(reference.selector), reference.run_dir, names)
-    failures: list[str] = []
-    for manifest in _candidates(catalog, failures):
-        try:
-            return _load(catalog, manifest, reference.run_dir, names)
-        except CorruptCheckpointError as error:
-            failures.append(f"{error.what}: {error.why}")
-            _log.warning("set aside the checkpoint of step %d: %s", manifest.step, error)
-    if failures:
-        raise CorruptCheckpointError(
-            f"none of the {len(failures)} checkpoints in {catalog.storage.url} is whole",
-            why="; ".join(failures),
-            next=f"`ckptmgr verify {catalog.storage.url}` names every damage; resume='never' starts from nothing",
-        )
-    raise CheckpointNotFoundError(
-        f"no committed checkpoint in {catalog.storage.url}",
-        next=f"`ckptmgr ls {catalog.storage.url}` shows what is there",
-    )
-
-
-def _candidates(catalog: Catalog, failures: list[str]) -> Iterator[Manifest]:
-    for checkpoint in reversed(catalog.on_line):
-        reason = catalog.why_not_intact(checkpoint)
-        if reason is None:
-            yield catalog.manifest(checkpoint)
-        else:
-            failures.append(f"{checkpoint}: {reason}")
-            _log.warning("set aside the checkpoint of step %d, which is not intact: %s", checkpoint.step, reason)
-
-
-def _load(catalog: Catalog, manifest: Manifest, run_dir: str, names: Sequence[str] | None) -> LoadedCheckpoint:
-    entries = load_entries(CheckpointReader(catalog.storage, manifest), names)
-    return LoadedCheckpoint(manifest, entries, run_dir)

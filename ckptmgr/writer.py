@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 
 from ckptmgr.errors import CkptmgrError, Fenced, SaveFailedError
@@ -45,16 +44,6 @@ class BackgroundWriter:
         Raises:
             SaveFailedError, Fenced: The job before this one failed; this one is not started.
         """
-        if self.is_busy:
-            began = time.monotonic()
-            waited_for = self._name
-            self.wait()
-            _log.warning(
-                "%s waited %.2f s for %s to be written: saves are due faster than the storage takes them",
-                name,
-                time.monotonic() - began,
-                waited_for,
-            )
         self.wait()
         self._name = name
         if not self._background:
@@ -81,11 +70,11 @@ class BackgroundWriter:
             raise failure
         if not isinstance(failure, Exception):
             raise failure
-        reason = f"{type(failure).__name__}: {failure.what if isinstance(failure, CkptmgrError) else failure}"
+        own = failure if isinstance(failure, CkptmgrError) else None
         raise SaveFailedError(
             f"{self._name} failed",
-            why=reason,
-            next="the checkpoint before it is untouched; mend the cause and save again",
+            why=": ".join(filter(None, (own.what, own.why))) if own else f"{type(failure).__name__}: {failure}",
+            next="; ".join(filter(None, ("the checkpoint before it is untouched", own.next if own else None))),
         ) from failure
 
     def _run(self, job: Callable[[], object]) -> None:

@@ -18,7 +18,7 @@ FLOORS = [
     {"policy", "storage"},
     {"run"},
     {"state", "launch"},
-    {"writer", "boundary", "preemption"},
+    {"writer", "boundary", "preemption", "loading", "topology"},
     {"training_run"},
     {"checkpointer"},
     {"lightning", "experiment"},

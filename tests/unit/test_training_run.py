@@ -1,4 +1,7 @@
+import contextlib
 import logging
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +13,15 @@ from ckptmgr.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     Fenced,
+    FormatVersionError,
     SaveFailedError,
+    TopologyError,
     UnsupportedStateError,
+    UsageError,
 )
 from ckptmgr.format.layout import CheckpointId
+from ckptmgr.format.manifest import RunMarker
+from ckptmgr.format.record import encode_record
 from ckptmgr.policy.retention import KeepAll, KeepBest, KeepLast, KeepTagged, RetentionPolicy, Union
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.state.capture import capture_state
@@ -218,3 +226,108 @@ def test_secrets_in_an_exception_do_not_reach_the_run(tmp_path: Path, monkeypatc
     text = (tmp_path / "attempts/000001/end.json").read_text()
     assert "denied" in text
     assert "s3cr3t" not in text
+
+
+@pytest.mark.parametrize("kind", ["process group", "launcher"])
+def test_a_job_of_several_ranks_is_refused_before_anything_is_claimed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    if kind == "launcher":
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    else:
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    with pytest.raises(TopologyError, match="ranks"):
+        open_run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_rank_and_a_world_size_that_no_launcher_set_are_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    open_run(tmp_path / "one").close("finished")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    open_run(tmp_path / "two").close("finished")
+
+
+def test_a_run_of_a_newer_format_is_not_claimed(root: Path) -> None:
+    marker = RunMarker(version=2, run_id="00" * 8, created_at="")
+    (root / "ckptmgr.json").write_bytes(encode_record(marker))
+    with pytest.raises(FormatVersionError):
+        open_run(root)
+    assert [path.name for path in (root / "attempts").iterdir()] == ["000001"]
+
+
+@pytest.mark.parametrize("lost", ["ckptmgr.json", "attempts"])
+def test_a_run_that_lost_its_records_goes_on_where_it_stopped(root: Path, lost: str) -> None:
+    path = root / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run = open_run(root)
+    assert run.continued is not None
+    save(run, 40)
+    run.close("finished")
+    assert [id.step for id in Catalog(LocalStorage(root)).on_line] == [10, 20, 30, 40]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"tags": "good"}, {"tags": [5]}, {"tags": ["a b"]}, {"tags": ["latest"]}, {"tags": ["12"]}, {"step": 10**10}],
+    ids=repr,
+)
+def test_what_could_not_be_found_again_is_refused_at_once(tmp_path: Path, fields: dict[str, object]) -> None:
+    run = open_run(tmp_path)
+    with pytest.raises(UsageError):
+        save(run, **{"step": 1, **fields})  # type: ignore[arg-type]
+    save(run, 1)
+    run.close("finished")
+
+
+def test_a_manifest_that_no_reader_would_take_is_not_written(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    with pytest.raises(SaveFailedError, match="not be readable"):
+        save(run, 1, metrics={"loss": True})
+    save(run, 2, metrics={"loss": 1.0})
+    run.close("finished")
+    assert [id.step for id in Catalog(LocalStorage(tmp_path)).committed] == [2]
+
+
+def test_a_failed_last_save_is_recorded_as_a_failure(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    state = capture_state({"a": {"x": torch.zeros(4)}})
+    run.save(state, step=1, reason="test", metrics={"loss": True})
+    with pytest.raises(SaveFailedError):
+        run.close("finished")
+    assert '"outcome":"failed"' in (tmp_path / "attempts/000001/end.json").read_text()
+
+
+def test_a_forked_child_neither_saves_nor_ends_its_parents_attempt(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        with contextlib.suppress(BaseException):
+            try:
+                save(run, 1)
+            except UsageError:
+                run.close("failed")
+                status = 0
+        os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    save(run, 2)
+    run.close("finished")
+    assert [id.step for id in Catalog(LocalStorage(tmp_path)).committed] == [2]
+
+
+@pytest.mark.parametrize("run_dir", [5, "", "runs/x@best", b"runs/x"], ids=repr)
+def test_a_run_directory_that_cannot_be_meant_is_refused(run_dir: object) -> None:
+    with pytest.raises(UsageError):
+        training_run.requested_run(run_dir, "auto")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("resume", [None, 5, True, ""], ids=repr)
+def test_a_resume_that_cannot_be_meant_is_refused(resume: object) -> None:
+    with pytest.raises(UsageError, match="resume="):
+        training_run.requested_run("runs/x", resume)  # type: ignore[arg-type]
