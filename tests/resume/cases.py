@@ -9,7 +9,7 @@ from faults import Fault
 from ingredients import Setup
 from pairwise import pairwise
 
-__all__ = ["CADENCES", "KILLS", "PLAIN_LOADERS", "Case", "lightning_cases", "plain_cases"]
+__all__ = ["CADENCES", "KILLS", "LIGHTNING_KILLS", "PLAIN_LOADERS", "Case", "lightning_cases", "plain_cases"]
 
 # Batch 7 is the last of an epoch. A save is counted by its step; 1 is the first save of that process.
 KILLS = {
@@ -17,6 +17,11 @@ KILLS = {
     "last-batch": (Fault("stepped", 7), Fault("manifest", 1), Fault("committed", 1)),
     "validation": (Fault("validating", 7), Fault("fetched", 8), Fault("forward", 10)),
     "epoch-end": (Fault("manifest", 1), Fault("turn-end", 7), Fault("stepped", 9)),
+}
+
+LIGHTNING_KILLS = {
+    **KILLS,
+    "epoch-end": (Fault("manifest", 1), Fault("turn-end", 7), Fault("epoch-hooks", 8)),
 }
 
 PLAIN_LOADERS = (
@@ -40,8 +45,7 @@ CADENCES: dict[str, dict[str, Any]] = {
     "each-step": {"every_n_steps": 1},
     "3-steps": {"every_n_steps": 3},
     "epochs": {"every_n_epochs": 1},
-    "foreground": {"every_n_steps": 2, "background": False},
-    "on-exception": {"every_n_steps": 4, "save_on_exception": True},
+    "foreground": {"every_n_steps": 2, "background": False, "save_on_exception": True},
 }
 
 
@@ -88,5 +92,31 @@ def plain_cases() -> list[Case]:
 
 
 def lightning_cases() -> list[Case]:
-    """Return the cases of `CheckpointManager`."""
-    return []
+    """Return the cases of `CheckpointManager`: every pair of two factors."""
+    rows = pairwise(
+        {
+            "loader": PLAIN_LOADERS,
+            "kills": list(LIGHTNING_KILLS),
+            "cadence": list(CADENCES),
+            "optimizer": ("adamw", "adamw-fused", "sgd", "two"),
+            "scheduler": ("none", "onecycle", "plateau"),
+            "accumulate": (1, 2),
+            "precision": ("float32", "bf16"),
+            "ema": (False, True),
+            "ends": ("epochs", "max-steps"),
+            "reseed": (False, True),
+            "validate_every": (0, 3),
+        },
+        # Without a length there is no fraction of an epoch, nor a check at every third batch before its end is known.
+        is_possible=lambda row: not (row["loader"][0] in ("stream", "countless") and row["validate_every"]),
+    )
+    cases: list[Case] = []
+    for row in rows:
+        loader, workers = row.pop("loader")
+        kills, cadence, reseed, ends = (row.pop(name) for name in ("kills", "cadence", "reseed", "ends"))
+        # In manual optimization, Lightning counts the step of each optimizer.
+        max_steps = 12 // row["accumulate"] * (2 if row["optimizer"] == "two" else 1) if ends == "max-steps" else None
+        setup = Setup(loader=loader, workers=workers, max_steps=max_steps, **row)
+        options = {key.replace("n_steps", "n_train_steps"): value for key, value in CADENCES[cadence].items()}
+        cases.append(Case("lightning", setup, kills, cadence, reseed, options))
+    return cases

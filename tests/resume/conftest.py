@@ -20,6 +20,13 @@ def plain(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
 
 
 @pytest.fixture(scope="session")
+def lightning(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    runner = Runner(forge, tmp_path_factory.mktemp("lightning"), "lightning_script")
+    yield runner
+    runner.close()
+
+
+@pytest.fixture(scope="session")
 def selected_cases(request: pytest.FixtureRequest) -> list[object]:
     """The cases of the matrix that this session runs, in order."""
     return [

@@ -33,6 +33,7 @@ class Fault:
     validating      in the middle of validation
     turn-end        after everything of the turn, the save included; the next batch is not fetched
     manifest        a save in the background is about to write its manifest (turn = step of the save)
+    epoch-hooks     Lightning only: in ``on_train_epoch_end``; turn-end is in ``on_train_epoch_start``
     committed       the manifest is written, nobody was told yet
     any             wherever the process is, so many ms (not turns) after it started
     ==============  ================================================================================

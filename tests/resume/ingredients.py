@@ -34,6 +34,7 @@ class Setup:
     ema: bool = False
     epochs: int = 3
     max_steps: int | None = None
+    validate_every: int = 0  # batches; 0: at the end of each epoch
 
     def __str__(self) -> str:
         """Name what differs from the default."""

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cases import KILLS, Case
+from cases import KILLS, LIGHTNING_KILLS, Case
 from faults import Fault
 from forge import Ended, Forge
 from ingredients import Setup
@@ -57,7 +57,7 @@ class Runner:
 
     def _run_case(self, case: Case) -> str:
         run_dir = self._folder / f"run-{next(self._numbers):05d}"
-        faults = KILLS[case.kills]
+        faults = (LIGHTNING_KILLS if case.face == "lightning" else KILLS)[case.kills]
         return self.check_chain(case.setup, run_dir, faults, options=case.options, reseed=case.reseed)
 
     def start(
