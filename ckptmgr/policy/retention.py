@@ -75,7 +75,7 @@ class RetentionPlan:
 
 @dataclass(frozen=True, slots=True)
 class KeepLast:
-    """Keep the newest ``k``."""
+    """Keep the newest ``k``. Of several saves of one step (before and after its validation) the last one counts."""
 
     k: int
 
@@ -83,7 +83,8 @@ class KeepLast:
         object.__setattr__(self, "k", whole_number(self.k, of="KeepLast(k)", unit="checkpoints"))
 
     def reasons_to_keep(self, checkpoints: Sequence[CheckpointFacts]) -> dict[str, tuple[str, ...]]:
-        return {facts.id: (f"last {self.k}",) for facts in _oldest_first(checkpoints)[-self.k :]}
+        last_of_step = {facts.step: facts.id for facts in _oldest_first(checkpoints)}
+        return {id: (f"last {self.k}",) for id in list(last_of_step.values())[-self.k :]}
 
 
 @dataclass(frozen=True, slots=True)
