@@ -15,22 +15,22 @@ import torch
 
 from ckptmgr.boundary import BoundaryCopy
 from ckptmgr.errors import Preempted, UsageError
+from ckptmgr.loading import LoadedCheckpoint
+from ckptmgr.loop_state import RESERVED, SavedPosition, capture_loop, is_same_run, restore_loop, restore_objects
+from ckptmgr.policy.arguments import check_metrics, check_state, check_step
 from ckptmgr.policy.from_keywords import retention_from, trigger_from
 from ckptmgr.policy.retention import RetentionPolicy
 from ckptmgr.policy.triggers import Moment, Trigger
 from ckptmgr.preemption import StopSignal
+from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.reference import parse_reference
-from ckptmgr.state.capture import CapturedEntry, capture_state, dry_check, restore_state
+from ckptmgr.state.capture import CapturedEntry, dry_check
 from ckptmgr.state.data_position import DataPosition
-from ckptmgr.state.rng import capture_rng, restore_rng
-from ckptmgr.training_run import LoadedCheckpoint, Monitor, TrainingRun, load_checkpoint, requested_run
+from ckptmgr.training_run import Monitor, TrainingRun, requested_run
 
 __all__ = ["Checkpointer"]
 
 _log = logging.getLogger("ckptmgr")
-
-# Entries of our own, beside those of the user.
-_RNG, _DATA, _PROGRESS = "ckptmgr_rng", "ckptmgr_data", "ckptmgr_progress"
 
 
 class Checkpointer:
@@ -92,30 +92,25 @@ class Checkpointer:
         storage_options: Mapping[str, Any] | None = None,
         background: bool = True,
     ) -> None:
-        taken = sorted(name for name in state if name.startswith("ckptmgr_"))
-        if taken or not state:
-            raise UsageError(
-                f"state has the reserved name {taken[0]!r}" if taken else "state is empty",
-                why="names that start with ckptmgr_ are the manager's own" if taken else "there is nothing to save",
-                next='for example state={"model": model, "optimizer": optimizer}',
-            )
-        chosen, self._resume = requested_run(run_dir, resume)
-        assert chosen is not None  # run_dir is not optional here
-        self._run_dir = chosen
-        self._state = dict(state)
-        self._trigger = triggers or trigger_from(
+        self._state = check_state(state, reserved=RESERVED)
+        # Not optional here: "" is refused with a message.
+        chosen, self._resume = requested_run("" if run_dir is None else run_dir, resume)
+        self._run_dir = str(chosen)
+        self._trigger = trigger_from(
             every_n_steps=every_n_steps,
             every_n_epochs=every_n_epochs,
             time_interval=time_interval,
             on_signal=save_on_signal,
             on_exception=save_on_exception,
+            instead=triggers,
         )
-        self._retention = retention or retention_from(
+        self._retention = retention_from(
             keep_last=keep_last,
             keep_best=save_top_k,
             keep_every_n_steps=keep_every_n_steps,
             monitor=monitor,
             mode=mode,
+            instead=retention,
         )
         self._monitor = None if monitor is None else Monitor(monitor, mode)
         self._storage_options = storage_options
@@ -125,12 +120,13 @@ class Checkpointer:
         self._run: TrainingRun | None = None
         self._boundary: BoundaryCopy | None = None
         self._data: DataPosition | None = None
-        self._loaded_data: tuple[dict[str, Any], dict[str, Any]] | None = None
+        self._position: SavedPosition | None = None
         self._postponed_epoch: int | None = None
         self._step = 0
         self._last_saved_step = 0
         self._last_saved_at = 0.0
         self._metrics: dict[str, float] = {}
+        self._has_warned = False
 
     @property
     def run_dir(self) -> str:
@@ -175,13 +171,14 @@ class Checkpointer:
         Raises:
             StateMismatchError, CheckpointNotFoundError, CorruptCheckpointError: As `resume`.
         """
-        is_selector = not any(mark in reference for mark in "/@\\")
+        is_selector = not any(mark in str(reference) for mark in "/@\\")
         own = parse_reference(f"{self._run_dir}@{reference}" if is_selector else reference)
-        if own.run_dir != self._run_dir:
-            loaded = load_checkpoint(own, names=list(self._state), storage_options=self._storage_options)
-            restore_state(self._state, loaded.entries)
-            return loaded.manifest.step
+        if not is_selector and not is_same_run(own.run_dir, self._run_dir, self._storage_options):
+            return restore_objects(self._state, own, self._storage_options)
         if self._run is not None:
+            # Before the attempt is ended: what is not there must not cost the run.
+            self._run.wait()
+            Catalog(self._run.storage).resolve(own.selector)
             self._end("preempted")
         self._data = self._postponed_epoch = None
         return self._open(own.selector)
@@ -219,11 +216,10 @@ class Checkpointer:
         data = DataPosition(
             loader, epochs=epochs, on_resume=on_resume, notify=_log.warning, on_epoch_end=self._save_at_epoch_end
         )
-        if self._loaded_data is not None:
-            position, rng = self._loaded_data
-            self._loaded_data = None
-            data.load_state_dict(position, rng=rng)
-            has_ended = data.is_last_batch or position["is_exhausted"]
+        if self._position is not None:
+            data.load_state_dict(self._position.tree, rng=self._position.rng)
+            has_ended = data.is_last_batch or self._position.tree["is_exhausted"]
+            self._position = None
             if has_ended and epochs is not None and data.epoch + 1 >= epochs:
                 _log.warning("%s is finished: all %d epochs were trained by step %d", self._run_dir, epochs, self._step)
         self._data = data
@@ -241,15 +237,9 @@ class Checkpointer:
             Preempted: The process was told to stop; the state is saved. Exits with code 75 if nobody catches it.
         """
         self._open_run()
-        if isinstance(step, bool) or not isinstance(step, int) or step < self._step:
-            raise UsageError(
-                f"step({step!r}) after step {self._step}",
-                why="steps are whole numbers that count optimizer updates and never go back",
-                next="continue from the number that resume() or restore() returned",
-            )
+        step = check_step(step, after=self._step)
         is_new = step > self._step
-        known = {} if is_new else self._metrics
-        self._metrics = {**known, **{name: _number(value) for name, value in (metrics or {}).items()}}
+        self._metrics = {**({} if is_new else self._metrics), **check_metrics(metrics)}
         if not is_new:
             return
         self._step = step
@@ -268,7 +258,7 @@ class Checkpointer:
             self._end("preempted")
             raise Preempted
 
-    def save(self, *, tags: Sequence[str] = (), metrics: Mapping[str, float] | None = None) -> None:
+    def save(self, *, tags: Sequence[str] = (), metrics: Mapping[str, float | torch.Tensor] | None = None) -> None:
         """Save now, at the step that was completed last. Call it right after `step`.
 
         Args:
@@ -277,7 +267,7 @@ class Checkpointer:
         """
         self._open_run()
         self._warn_of_pending("call save() right after step()")
-        self._metrics.update(metrics or {})
+        self._metrics.update(check_metrics(metrics))
         self._save("asked for", tags=tags)
 
     def wait(self) -> None:
@@ -290,13 +280,20 @@ class Checkpointer:
             self._run.wait()
 
     def close(self) -> None:
-        """End the attempt as finished: save what was not saved yet, wait for it, and let go of the run. Idempotent."""
+        """End the attempt as finished: save what was not saved yet, wait for it, and let go of the run. Idempotent.
+
+        Raises:
+            SaveFailedError, Fenced: The last save failed.
+            Preempted: The process was told to stop meanwhile; the state is saved.
+        """
         if self._run is not None:
             if self._step > self._last_saved_step:
                 if not (self._data and self._data.is_over):
                     self._warn_of_pending("leave the loop right after step()")
                 self._save("end of training")
-            self._end("finished")
+            self._end("preempted" if self._is_told_to_stop else "finished")
+            if self._is_told_to_stop:
+                raise Preempted
 
     def __enter__(self) -> Self:
         return self
@@ -317,6 +314,8 @@ class Checkpointer:
             _log.exception("nothing was saved after the exception")
 
     def _open(self, resume: str) -> int:
+        # A state that could never be saved takes no run over, and creates none.
+        dry_check(self._capture())
         run = TrainingRun.open(
             self._run_dir,
             resume=resume,
@@ -325,12 +324,14 @@ class Checkpointer:
             storage_options=self._storage_options,
             background=self._background,
         )
-        loaded = run.continued
-        if loaded is not None:
-            self._restore(loaded)
-        run.accept()
+        try:
+            if run.continued is not None:
+                self._restore(run.continued)
+            run.accept()
+        except BaseException as error:
+            run.abandon(error)
+            raise
         run.continued = None
-        dry_check(self._capture())
         self._run = run
         self._last_saved_step = self._step
         self._last_saved_at = time.monotonic()
@@ -343,14 +344,10 @@ class Checkpointer:
         return self._step
 
     def _restore(self, loaded: LoadedCheckpoint) -> None:
-        own = {name: loaded.entries.pop(name) for name in (_RNG, _DATA, _PROGRESS) if name in loaded.entries}
-        restore_state(self._state, loaded.entries)
-        rng = own[_RNG].tree
-        for note in restore_rng(rng):
+        restored = restore_loop(self._state, loaded)
+        for note in restored.notes:
             _log.warning("%s", note)
-        self._loaded_data = (own[_DATA].tree, rng) if _DATA in own else None
-        self._step = loaded.manifest.step
-        self._metrics = dict(own[_PROGRESS].tree["metrics"])
+        self._step, self._metrics, self._position = restored.step, restored.metrics, restored.position
         _log.info("resumed %s from step %d", self._run_dir, self._step)
 
     def _moment(self, *, is_epoch_end: bool = False, failed: bool = False) -> Moment:
@@ -362,9 +359,13 @@ class Checkpointer:
             seconds_since_save=time.monotonic() - self._last_saved_at,
             metrics=self._metrics,
             seen=self._open_run().seen,
-            signalled=self._signal is not None and self._signal.received is not None,
+            signalled=self._is_told_to_stop,
             failed=failed,
         )
+
+    @property
+    def _is_told_to_stop(self) -> bool:
+        return self._signal is not None and self._signal.received is not None
 
     def _save_at_epoch_end(self, epoch: int) -> None:
         if self._data is not None and self._data.is_pending:
@@ -382,18 +383,9 @@ class Checkpointer:
             _log.warning("not exact: %s counts as trained, and no step() followed it; %s", where, remedy)
 
     def _capture(self) -> list[CapturedEntry]:
-        entries = capture_state(self._state)
-        # Until `batches` is called, the position is the loaded one, with the RNG that it will put in place.
-        position: Mapping[str, Any] | None
-        rng: Mapping[str, Any] | None
-        position, rng = self._loaded_data or (None, None)
-        if self._data is not None:
-            position, rng = self._data.state_dict(), self._data.pending_rng
-        if position is not None:
-            entries.append(CapturedEntry(_DATA, "data-position", 1, position))
-        entries.append(CapturedEntry(_PROGRESS, "progress", 1, {"step": self._step, "metrics": dict(self._metrics)}))
-        entries.append(CapturedEntry(_RNG, "rng", 1, dict(rng or capture_rng())))
-        return entries
+        return capture_loop(
+            self._state, step=self._step, metrics=self._metrics, data=self._data, position=self._position
+        )
 
     def _save(self, reason: str, *, tags: Sequence[str] = (), entries: list[CapturedEntry] | None = None) -> None:
         run = self._open_run()
@@ -411,6 +403,14 @@ class Checkpointer:
         )
         self._last_saved_step = self._step
         self._last_saved_at = time.monotonic()
+        self._warn_of_monitor(run)
+
+    def _warn_of_monitor(self, run: TrainingRun) -> None:
+        if self._monitor and not self._has_warned and self._monitor.metric not in {*run.seen, *self._metrics}:
+            self._has_warned = True
+            given = ", ".join(map(repr, sorted(self._metrics)[:8])) or "none"
+            what = "monitor=%r has no value at step %d: a checkpoint without one is never the best. Metrics given: %s"
+            _log.warning(what, self._monitor.metric, self._step, given)
 
     def _save_after(self, error: BaseException) -> None:
         outcome: Literal["failed", "preempted"] = "preempted" if isinstance(error, Preempted) else "failed"
@@ -427,13 +427,16 @@ class Checkpointer:
 
     def _end(self, outcome: Literal["finished", "failed", "preempted"], *, error: str | None = None) -> None:
         run, self._run = self._run, None
-        if self._signal is not None:
-            self._signal.uninstall()
         if self._boundary is not None:
             self._boundary.close()
             self._boundary = None
-        if run is not None:
-            run.close(outcome, step=self._step, error=error)
+        try:
+            if run is not None:
+                run.close(outcome, step=self._step, error=error)
+        finally:
+            # Last: a second signal must not end the process while the save that the first one asked for is written.
+            if self._signal is not None:
+                self._signal.uninstall()
 
     def _open_run(self) -> TrainingRun:
         if self._run is None:
@@ -443,8 +446,3 @@ class Checkpointer:
                 next="call step = ckpt.resume() once, before the loop: it returns 0 on a fresh run",
             )
         return self._run
-
-
-def _number(value: float | torch.Tensor) -> float:
-    # A loss as it comes from forward: torch warns when a tensor with a gradient is converted.
-    return float(value.detach() if isinstance(value, torch.Tensor) else value)

@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ __all__ = ["RUN_DIR_VARIABLE", "LoadedCheckpoint", "Monitor", "TrainingRun", "lo
 _log = logging.getLogger("ckptmgr")
 
 _MAX_ERROR_LENGTH = 2000
+_LONG_WAIT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +133,12 @@ class TrainingRun:
         self.seen: dict[str, MetricSpan] = {}
         self._dropping: set[CheckpointId] = set()
         self._is_checked = False
+        self._is_accepted = False
         self._is_closed = False
         self._has_waited = False
         self._run_id = ""
         self._pid = os.getpid()
+        self._unclosed: weakref.finalize[Any, TrainingRun] | None = None
         self._environment = recorded_versions()
 
     @classmethod
@@ -185,7 +189,12 @@ class TrainingRun:
         run._run_id = catalog.run_id or ""
         storage.write(attempt_key(run._attempt, "start"), [encode_record(describe_start(run_dir=run_dir))])
         if resume != "never" and (catalog.on_line or resume != "auto"):
-            run.continued = choose_checkpoint(catalog, Reference(run_dir, selector), None)
+            try:
+                run.continued = choose_checkpoint(catalog, Reference(run_dir, selector), None)
+            except CkptmgrError as error:
+                run.abandon(error)
+                raise
+        run._unclosed = weakref.finalize(run, _tell_unclosed, run_dir, run._pid)
         return run
 
     @property
@@ -197,6 +206,7 @@ class TrainingRun:
         """Record that this attempt continues what was loaded. From now on the run's line leads through it."""
         manifest = self.continued.manifest if self.continued else None
         self._continuation = record_line(self.storage, self._attempt, manifest)
+        self._is_accepted = True
         catalog = Catalog(self.storage)
         for checkpoint in catalog.on_line:
             if catalog.why_not_intact(checkpoint) is None:
@@ -321,14 +331,22 @@ class TrainingRun:
         if self._is_closed or os.getpid() != self._pid:
             return
         self._is_closed = True
+        if self._unclosed is not None:
+            self._unclosed.detach()
         try:
             self._writer.wait()
         except Exception as failure:
             with suppress(CkptmgrError, FileExistsError):
                 self._record_end("failed", step, f"{type(failure).__name__}: {failure}")
             raise
-        self._delete(self._dropping)
+        if self._is_accepted:
+            self._delete(self._dropping)
         self._record_end(outcome, step, error)
+
+    def abandon(self, error: BaseException) -> None:
+        """Close as failed because of an error, which the caller raises whatever happens here."""
+        with suppress(CkptmgrError, FileExistsError):
+            self.close("failed", error=f"{type(error).__name__}: {error}")
 
     def _record_end(self, outcome: Outcome, step: int | None, error: str | None) -> None:
         if error is not None:
@@ -349,13 +367,10 @@ class TrainingRun:
             return
         began = time.monotonic()
         self._writer.wait()
-        _log.log(
-            logging.INFO if self._has_waited else logging.WARNING,
-            "%s waited %.2f s for the save before it: saves are due faster than the storage takes them",
-            name,
-            time.monotonic() - began,
-        )
-        self._has_waited = True
+        waited_s = time.monotonic() - began
+        level = logging.WARNING if waited_s >= _LONG_WAIT_S and not self._has_waited else logging.INFO
+        _log.log(level, "%s waited %.2f s: saves are due faster than the storage takes them", name, waited_s)
+        self._has_waited |= level == logging.WARNING
 
     def _commit(
         self,
@@ -414,6 +429,13 @@ class TrainingRun:
         for checkpoint in drop:
             self._facts.pop(checkpoint, None)
             self._known.pop(checkpoint, None)
+
+
+def _tell_unclosed(run_dir: str, pid: int) -> None:
+    if os.getpid() == pid:
+        _log.warning(
+            "%s was not closed: what was trained after its last save is lost; use `with`, or call close()", run_dir
+        )
 
 
 def _create_marker(storage: Storage, run_id: str) -> None:

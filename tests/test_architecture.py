@@ -19,7 +19,7 @@ FLOORS = [
     {"run"},
     {"state", "launch"},
     {"writer", "boundary", "preemption", "loading", "topology"},
-    {"training_run"},
+    {"training_run", "loop_state"},
     {"checkpointer"},
     {"lightning", "experiment"},
     {"cli"},

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
 from ckptmgr.errors import UsageError
 
-__all__ = ["Mode", "check_metric", "check_mode", "is_better", "whole_number"]
+__all__ = [
+    "Mode",
+    "check_metric",
+    "check_metrics",
+    "check_mode",
+    "check_state",
+    "check_step",
+    "is_better",
+    "whole_number",
+]
 
 Mode: TypeAlias = Literal["min", "max"]
 
@@ -82,3 +92,73 @@ def is_better(value: float, than: float, mode: Mode) -> bool:
     if math.isnan(than):
         return True
     return value < than if mode == "min" else value > than
+
+
+def check_metrics(metrics: object) -> dict[str, float]:
+    """Return metrics as plain floats. Tensors and NumPy numbers of one element count; None is no metric.
+
+    Raises:
+        UsageError: They are not names with a number each.
+    """
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, Mapping):
+        raise UsageError(f"metrics={metrics!r}", why="it is a dict of names and numbers", next="metrics={'loss': 0.5}")
+    numbers: dict[str, float] = {}
+    for name, value in metrics.items():
+        check_metric(name, of="metrics")
+        # A loss as it comes from forward: torch warns when a tensor with a gradient is converted.
+        detached = value.detach() if hasattr(value, "detach") else value
+        try:
+            if isinstance(value, str | bytes):
+                raise TypeError(f"{value!r} is text")
+            numbers[name] = float(detached)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise UsageError(
+                f"the metric {name!r} is no number but a {type(value).__name__}", why=str(error), next="give one number"
+            ) from error
+    return numbers
+
+
+def check_state(state: object, *, reserved: str) -> dict[str, object]:
+    """Return the objects of a state by name.
+
+    Args:
+        state: What the user gave.
+        reserved: Beginning of the names that are the manager's own.
+
+    Raises:
+        UsageError: It is no dict, it is empty, or a name cannot be used.
+    """
+    example = 'for example state={"model": model, "optimizer": optimizer}'
+    if not isinstance(state, Mapping) or not state:
+        what = "state is empty" if isinstance(state, Mapping) else f"state is a {type(state).__name__}"
+        raise UsageError(what, why="it is a dict: a name for each object that is saved", next=example)
+    for name in state:
+        if not isinstance(name, str) or not name.isprintable() or not name:
+            raise UsageError(f"state has the name {name!r}", why="names are text that can be printed", next=example)
+        if name.startswith(reserved):
+            raise UsageError(
+                f"state has the reserved name {name!r}",
+                why=f"those with {reserved} are the manager's own",
+                next=example,
+            )
+    return dict(state)
+
+
+def check_step(step: object, *, after: int) -> int:
+    """Return the number of a step that is not before ``after``. Integers of NumPy and torch count.
+
+    Raises:
+        UsageError: It is no whole number, or it goes back.
+    """
+    number = None
+    if not isinstance(step, bool) and hasattr(step, "__index__"):
+        number = operator.index(step)
+    if number is None or number < after:
+        raise UsageError(
+            f"step({step!r}) after step {after}",
+            why="steps are whole numbers that count optimizer updates and never go back",
+            next="continue from the number that resume() or restore() returned",
+        )
+    return number

@@ -84,8 +84,8 @@ class DataPosition(Iterator[Any]):
     ) -> None:
         if on_resume not in ("auto", "skip", "replay"):
             raise UsageError(f"on_resume={on_resume!r}", why="it is 'auto', 'skip' or 'replay'")
-        if epochs is not None and epochs < 0:
-            raise UsageError(f"epochs={epochs}", why="the number must be at least 0")
+        if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0):
+            raise UsageError(f"epochs={epochs!r}", why="it is a whole number of at least 0, or None for no end")
         self._loader = loader
         self._kind = loader_kind(loader)
         if on_resume == "skip" and self._kind == "read":
@@ -237,12 +237,15 @@ class DataPosition(Iterator[Any]):
 
     def _begin_epoch(self) -> bool:
         if self._is_exhausted:
-            if self._epochs is None and self.batch == 0:
-                raise UsageError(
-                    f"{type(self._loader).__qualname__} gave no batch in epoch {self.epoch}",
-                    why="without a number of epochs, this would go on for ever",
-                    next="check the length of the data set, or pass epochs=",
-                )
+            if self.batch == 0:
+                what = f"{type(self._loader).__qualname__} gave no batch in epoch {self.epoch}"
+                if self._epochs is None:
+                    raise UsageError(
+                        what,
+                        why="without a number of epochs, this would go on for ever",
+                        next="check the length of the data set, or pass epochs=",
+                    )
+                self._notify(f"{what}; check the length of the data set")
             if self._epochs is not None and self.epoch + 1 >= self._epochs:
                 return False
             self.epoch, self.batch, self._is_exhausted = self.epoch + 1, 0, False

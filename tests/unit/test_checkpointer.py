@@ -1,17 +1,29 @@
+import gc
 import logging
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from ckptmgr import Checkpointer, Preempted, StateMismatchError, UnsupportedStateError, UsageError
+from ckptmgr import (
+    Checkpointer,
+    CheckpointNotFoundError,
+    EverySteps,
+    KeepAll,
+    Preempted,
+    StateMismatchError,
+    UnsupportedStateError,
+    UsageError,
+)
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.storage.local import LocalStorage
+from ckptmgr.training_run import TrainingRun
 
 
 class Training:
@@ -205,7 +217,7 @@ def test_the_end_of_an_epoch_counts_when_the_pending_step_is_done(tmp_path: Path
 
 
 def test_a_metric_belongs_to_the_step_that_it_was_given_for(tmp_path: Path) -> None:
-    with Checkpointer(tmp_path / "run", {"model": nn.Linear(1, 1)}, every_n_steps=1) as ckpt:
+    with Checkpointer(tmp_path / "run", {"model": nn.Linear(1, 1)}, every_n_steps=1, retention=KeepAll()) as ckpt:
         ckpt.resume()
         ckpt.step(1, metrics={"loss": 1.0})
         ckpt.save(metrics={"val": 2.0})
@@ -326,3 +338,131 @@ def test_ckptmgr_resume_overrides_the_directory_that_the_script_names(
         Training(tmp_path / "elsewhere").train(until=4)
     assert f"resumed {tmp_path}/run from step 3" in caplog.text
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [{"loss": "0.5"}, {"loss": None}, {"loss": torch.ones(2)}, {"loss": 10**400}, {1: 0.5}, "loss", [0.5]],
+    ids=lambda value: repr(value)[:30],
+)
+def test_a_metric_that_is_no_number_is_refused_where_it_is_given(tmp_path: Path, metrics: Any) -> None:
+    ckpt = Checkpointer(tmp_path / "run", {"model": nn.Linear(1, 1)})
+    ckpt.resume()
+    for call in (lambda: ckpt.step(1, metrics=metrics), lambda: ckpt.save(metrics=metrics)):
+        with pytest.raises(UsageError, match="metric"):
+            call()
+    ckpt.close()
+    assert steps(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("value", [True, np.float32(2), torch.tensor(3, dtype=torch.bfloat16), 5], ids=repr)
+def test_a_metric_may_be_any_kind_of_number(tmp_path: Path, value: Any) -> None:
+    with Checkpointer(tmp_path / "run", {"model": nn.Linear(1, 1)}) as ckpt:
+        ckpt.resume()
+        ckpt.step(1, metrics={"a": value})
+        ckpt.save(metrics={"b": value})
+    assert Catalog(LocalStorage(tmp_path / "run")).latest().metrics == {"a": float(value), "b": float(value)}
+
+
+@pytest.mark.parametrize("step", [np.int64(4), torch.tensor(4)], ids=repr)
+def test_a_step_may_be_an_integer_of_another_library(tmp_path: Path, step: Any) -> None:
+    with Checkpointer(tmp_path / "run", {"model": nn.Linear(1, 1)}) as ckpt:
+        ckpt.resume()
+        ckpt.step(step)
+    assert steps(tmp_path / "run") == [4]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"run_dir": None}, {"run_dir": 5}, {"state": [1]}, {"state": {1: {}}}, {"state": {"\ud800": {}}},
+     {"resume": 5}, {"triggers": "often"}, {"retention": "all"}],
+    ids=repr,
+)  # fmt: skip
+def test_an_argument_of_a_wrong_kind_is_refused_at_once(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Checkpointer(**{"run_dir": tmp_path / "run", "state": {"model": nn.Linear(1, 1)}, **arguments})
+
+
+def test_a_state_that_cannot_be_saved_takes_no_run_over(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedStateError):
+        Checkpointer(tmp_path / "run", {"extra": {"function": print}}).resume()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resume_that_does_not_fit_is_recorded_as_failed(tmp_path: Path) -> None:
+    Training(tmp_path / "run").train()
+    with pytest.raises(StateMismatchError):
+        Checkpointer(tmp_path / "run", {"model": nn.Linear(1, 1)}).resume()
+    assert '"outcome":"failed"' in (tmp_path / "run/attempts/000002/end.json").read_text()
+
+
+def test_own_triggers_do_not_keep_a_signal_from_saving(tmp_path: Path) -> None:
+    with pytest.raises(Preempted):
+        Training(tmp_path / "run", triggers=EverySteps(100)).train(fail="signal", at=5)
+    assert steps(tmp_path / "run") == [5]
+
+
+def test_a_second_signal_does_not_end_the_save_that_the_first_one_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = TrainingRun.close
+
+    def close(self: TrainingRun, *args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(TrainingRun, "close", close)
+    with pytest.raises(Preempted):
+        Training(tmp_path / "run", every_n_steps=100).train(fail="signal", at=5)
+    assert steps(tmp_path / "run") == [5]
+
+
+def test_a_signal_after_the_last_step_is_not_forgotten(tmp_path: Path) -> None:
+    ckpt = Training(tmp_path / "run", every_n_steps=100).ckpt
+    ckpt.resume()
+    ckpt.step(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Preempted):
+        ckpt.close()
+    assert steps(tmp_path / "run") == [1]
+    assert '"outcome":"preempted"' in (tmp_path / "run/attempts/000001/end.json").read_text()
+
+
+def test_restoring_what_is_not_there_does_not_cost_the_run(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run", every_n_steps=1)
+    with training.ckpt as ckpt:
+        ckpt.resume()
+        ckpt.step(1)
+        with pytest.raises(CheckpointNotFoundError):
+            ckpt.restore("7")
+        ckpt.step(2)
+    assert steps(tmp_path / "run") == [1, 2]
+
+
+def test_the_own_run_by_another_spelling_is_the_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    training = Training(Path("run"), every_n_steps=1)
+    with training.ckpt as ckpt:
+        ckpt.resume()
+        ckpt.step(1)
+        ckpt.step(2)
+        assert ckpt.restore(f"{tmp_path}/run@1") == 1
+        ckpt.step(2)
+    assert [(id.step, id.attempt) for id in Catalog(LocalStorage(tmp_path / "run")).on_line] == [(1, 1), (2, 2)]
+
+
+def test_a_monitor_without_a_value_is_told_once_with_the_metrics_there_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Training(tmp_path / "run", every_n_steps=2, monitor="val_los").train()
+    assert caplog.text.count("monitor='val_los'") == 1
+    assert "'loss'" in caplog.text
+
+
+def test_a_checkpointer_that_is_forgotten_says_what_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    training = Training(tmp_path / "run")
+    training.ckpt.resume()
+    training.ckpt.step(1)
+    del training
+    gc.collect()
+    assert "was not closed" in caplog.text

@@ -691,3 +691,16 @@ def test_an_empty_loader_ends_or_is_refused_when_it_never_would() -> None:
     assert list(DataPosition([], epochs=2, notify=print)) == []
     with pytest.raises(UsageError, match="gave no batch"):
         next(DataPosition([], notify=print))
+
+
+@pytest.mark.parametrize("epochs", ["3", 2.5, True, -1], ids=repr)
+def test_a_number_of_epochs_that_cannot_be_meant_is_refused(epochs: Any) -> None:
+    with pytest.raises(UsageError, match="epochs="):
+        DataPosition([1, 2], epochs=epochs, notify=print)
+
+
+def test_an_epoch_without_a_batch_is_told() -> None:
+    notes: list[str] = []
+    assert list(DataPosition([], epochs=2, notify=notes.append)) == []
+    assert len(notes) == 2
+    assert "no batch in epoch 1" in notes[1]
