@@ -181,6 +181,8 @@ class Saver:
             seen=self.run.seen,
             signalled=told_to_stop,
         )
+        if self._step == self._last_saved_step and not told_to_stop:
+            return "end of training"
         return self._trigger.reason_to_save(moment) or ("end of training" if ends else None)
 
     def _capture(self, boundary: Boundary, rng: Mapping[str, Any]) -> list[CapturedEntry]:

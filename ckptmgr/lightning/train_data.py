@@ -50,6 +50,8 @@ class TrainData:
         self._at_first_fetch: dict[str, Any] | None = None
         self._before_last_fetch: dict[str, Any] | None = None
         self._workers: list[dict[str, Any] | None] = []
+        # Of several loaders, a shorter one begins again in mid-epoch: fetch → RNG before it.
+        self._restarts: dict[int, dict[str, Any]] = {}
 
     def before_iterating(self, loaders: list[Any], epoch: int) -> None:
         """Record what the epoch begins with. Called right before Lightning iterates the train loaders."""
@@ -62,11 +64,12 @@ class TrainData:
             "attributes": [simple_attributes(loader) for loader in loaders],
         }
         self._at_first_fetch = self._before_last_fetch = None
+        self._restarts = {}
 
     def watch(self, fetcher: Any) -> None:
         """Record what each fetch begins with. Called right after Lightning has iterated the train loaders."""
         if not isinstance(fetcher.iterator, _WatchedIterator):
-            fetcher.iterator = _WatchedIterator(fetcher.iterator, lambda: self._before_fetch(fetcher))
+            fetcher.iterator = _WatchedIterator(fetcher.iterator, self, fetcher)
 
     def capture(self, loaders: list[Any], *, epoch: int, batches: int, is_last: bool) -> dict[str, Any]:
         """Return the position after ``batches`` trained batches of ``epoch``."""
@@ -84,6 +87,7 @@ class TrainData:
             "start": None if is_last else start,
             "at_first_fetch": None if is_last else self._at_first_fetch,
             "at_last_fetch": None if is_last or ahead is None else ahead["rng"],
+            "restarts": {} if is_last else dict(self._restarts),
             "workers": copy.deepcopy(self._workers),
             "loaders": [
                 {
@@ -122,6 +126,7 @@ class TrainData:
         self._start, self._at_first_fetch = position["start"], position["at_first_fetch"]
         self._before_last_fetch = None
         self._workers = copy.deepcopy(list(position["workers"]))
+        self._restarts = dict(position["restarts"])
         for i, loader in enumerate(loaders):
             saved = position["loaders"][i]
             _tell_per_sample_seed(loader, position["epoch"])
@@ -161,6 +166,7 @@ class TrainData:
             states = [copy.deepcopy(saved["state"]) for saved in position["loaders"]]
             self._before_last_fetch = {"rng": position["at_last_fetch"], "states": states}
         self.watch(fetcher)
+        fetcher.iterator.nfetched = position["batches"] + (fetcher.length is None)
 
     def start_next_epoch(self, position: Mapping[str, Any], loaders: list[Any]) -> None:
         """Put the loaders into the state in which the interrupted run ended the epoch."""
@@ -170,13 +176,18 @@ class TrainData:
             for note in _restore_loader(loader, saved):
                 self._say(note)
 
-    def _before_fetch(self, fetcher: Any) -> None:
+    def before_fetch(self, fetcher: Any) -> None:
+        """Record what a fetch begins with."""
         if fetcher.length is None:
             # One batch is fetched ahead, so the position to save is that of before this fetch.
             states = copy.deepcopy(_stateful_states(fetcher.combined_loader.flattened))
             self._before_last_fetch = {"rng": capture_rng(), "states": states}
         elif self._at_first_fetch is None:
             self._at_first_fetch = capture_rng()
+
+    def restarted(self, fetch: int, rng: dict[str, Any]) -> None:
+        """Record that one of several loaders began again in this fetch, and the RNG before it."""
+        self._restarts[fetch] = rng
 
     def _describe_workers(self, index: int, loader: Any) -> dict[str, Any] | None:
         if not keeps_workers(loader):
@@ -251,7 +262,9 @@ class TrainData:
         # A loader without length has given Lightning its first batch already.
         passed = 1 if fetcher.length is None else 0
         try:
-            for _ in range(position["batches"] - passed):
+            for fetch in range(passed, position["batches"]):
+                if fetch in position["restarts"]:
+                    restore_rng(position["restarts"][fetch])
                 next(fetcher.iterator)
         except StopIteration:
             raise StateMismatchError(
@@ -278,13 +291,23 @@ class TrainData:
 
 
 class _WatchedIterator(Iterator[Any]):
-    def __init__(self, inner: Iterator[Any], before: Callable[[], None]) -> None:
+    def __init__(self, inner: Iterator[Any], data: TrainData, fetcher: Any) -> None:
         self._inner = inner
-        self._before = before
+        self._data = data
+        self._fetcher = fetcher
+        # A loader without length has given Lightning its first batch already.
+        self.nfetched = 1 if fetcher.length is None else 0
 
     def __next__(self) -> Any:
-        self._before()
-        return next(self._inner)
+        self._data.before_fetch(self._fetcher)
+        combined = self._fetcher.combined_loader
+        several = len(combined.flattened) > 1
+        before = (list(combined._iterator.iterators), capture_rng()) if several else None
+        batch = next(self._inner)
+        if before is not None and any(a is not b for a, b in zip(before[0], combined._iterator.iterators, strict=True)):
+            self._data.restarted(self.nfetched, before[1])
+        self.nfetched += 1
+        return batch
 
 
 class _OnlySampler:
