@@ -350,7 +350,7 @@ class Checkpointer:
         self._step, self._metrics, self._position = restored.step, restored.metrics, restored.position
         _log.info("resumed %s from step %d", self._run_dir, self._step)
 
-    def _moment(self, *, is_epoch_end: bool = False, failed: bool = False) -> Moment:
+    def _moment(self, *, is_epoch_end: bool = False) -> Moment:
         return Moment(
             step=self._step,
             epoch=self._data.epoch if self._data else None,
@@ -360,7 +360,6 @@ class Checkpointer:
             metrics=self._metrics,
             seen=self._open_run().seen,
             signalled=self._is_told_to_stop,
-            failed=failed,
         )
 
     @property
@@ -413,17 +412,20 @@ class Checkpointer:
             _log.warning(what, self._monitor.metric, self._step, given)
 
     def _save_after(self, error: BaseException) -> None:
-        outcome: Literal["failed", "preempted"] = "preempted" if isinstance(error, Preempted) else "failed"
+        kind = type(error).__name__
+        # Somebody wanted it to end: that is no failure of what was trained.
+        is_stop = isinstance(error, KeyboardInterrupt | SystemExit) and getattr(error, "code", None) in (None, 0, 75)
         try:
-            if self._boundary is not None and self._step > self._last_saved_step:
-                reason = self._trigger.reason_to_save(self._moment(failed=True))
-                entries = self._boundary.entries()
-                if reason is not None and entries is None:
-                    _log.warning("the exception came while an optimizer step was under way: nothing is saved")
-                elif reason is not None:
-                    self._save(f"{reason}: {type(error).__name__}", entries=entries)
+            if self._step > self._last_saved_step:
+                entries = self._boundary.entries() if self._boundary else None
+                if entries is not None:
+                    self._save(f"exception: {kind}", entries=entries)
+                else:
+                    why = "an optimizer step was under way" if self._boundary else "save_on_exception is off"
+                    what = "steps %d to %d are lost: %s left the loop, and nothing is saved, because %s"
+                    _log.warning(what, self._last_saved_step + 1, self._step, kind, why)
         finally:
-            self._end(outcome, error=f"{type(error).__name__}: {error}")
+            self._end("preempted" if is_stop else "failed", error=f"{kind}: {error}")
 
     def _end(self, outcome: Literal["finished", "failed", "preempted"], *, error: str | None = None) -> None:
         run, self._run = self._run, None

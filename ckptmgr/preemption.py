@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -18,8 +19,12 @@ _log = logging.getLogger("ckptmgr")
 class StopSignal:
     """Notices signals that ask the process to stop.
 
-    A handler that was there before is called as well, if it is a Python function. Data loader workers inherit handlers
-    when they are forked: in any process but the one that installed it, the signal does what it does by default.
+    A handler that was there before is called as well, if it is a Python function.
+
+    Forked children inherit handlers. In them the signal does what it does by default, with one exception: schedulers
+    send it to every process of a job, and a data loader worker that dies of it would end the training before its next
+    step boundary. A worker lets the first one pass; the loader itself ends its workers without signals, and sends
+    further ones to those that hang.
 
     Args:
         signals: What to listen to.
@@ -29,6 +34,7 @@ class StopSignal:
         self._signals = tuple(signals)
         self._previous: dict[int, Any] = {}
         self._pid = 0
+        self._spared_pid = 0
         self.received: int | None = None
 
     def install(self) -> None:
@@ -52,6 +58,9 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
+            if _is_loader_worker() and self._spared_pid != os.getpid():
+                self._spared_pid = os.getpid()
+                return
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
@@ -59,3 +68,8 @@ class StopSignal:
         previous: Callable[[int, FrameType | None], Any] | int | None = self._previous.get(number)
         if callable(previous):
             previous(number, frame)
+
+
+def _is_loader_worker() -> bool:
+    data = sys.modules.get("torch.utils.data")
+    return data is not None and data.get_worker_info() is not None

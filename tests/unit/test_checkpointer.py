@@ -466,3 +466,24 @@ def test_a_checkpointer_that_is_forgotten_says_what_is_lost(tmp_path: Path, capl
     del training
     gc.collect()
     assert "was not closed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [(RuntimeError("x"), "failed"), (SystemExit(3), "failed"), (SystemExit(0), "preempted"), (KeyboardInterrupt(), "preempted")],
+    ids=repr,
+)  # fmt: skip
+def test_leaving_the_loop_without_a_save_says_which_steps_are_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: BaseException, outcome: str
+) -> None:
+    def leave() -> None:
+        with Training(tmp_path / "run", every_n_steps=4).ckpt as ckpt:
+            ckpt.resume()
+            for step in range(1, 7):
+                ckpt.step(step)
+            raise error
+
+    with pytest.raises(type(error)):
+        leave()
+    assert "steps 5 to 6 are lost" in caplog.text
+    assert f'"outcome":"{outcome}"' in (tmp_path / "run/attempts/000001/end.json").read_text()
