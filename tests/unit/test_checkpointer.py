@@ -470,9 +470,14 @@ def test_a_checkpointer_that_is_forgotten_says_what_is_lost(tmp_path: Path, capl
 
 @pytest.mark.parametrize(
     ("error", "outcome"),
-    [(RuntimeError("x"), "failed"), (SystemExit(3), "failed"), (SystemExit(0), "preempted"), (KeyboardInterrupt(), "preempted")],
+    [
+        (RuntimeError("x"), "failed"),
+        (SystemExit(3), "failed"),
+        (SystemExit(0), "preempted"),
+        (KeyboardInterrupt(), "preempted"),
+    ],
     ids=repr,
-)  # fmt: skip
+)
 def test_leaving_the_loop_without_a_save_says_which_steps_are_lost(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, error: BaseException, outcome: str
 ) -> None:
