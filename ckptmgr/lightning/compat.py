@@ -86,7 +86,6 @@ _ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "_last_train_dl_reload_epoch",
         "_loaded_from_state_dict",
         "_restarting",
-        "_resuming_from_checkpoint",
         "_restart_stage",
     ),
     "fit_loop.epoch_loop": (

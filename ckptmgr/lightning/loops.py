@@ -275,7 +275,7 @@ class LoopHooks:
         # Else the counters are those of the checkpoint, and exactly right.
 
     def _on_epoch_run_start(self, original: Callable[..., Any], data_fetcher: Any) -> None:
-        will_iterate = self._trainer.current_epoch > 0 and not self._fit.is_resuming and not self._epoch.restarting
+        will_iterate = self._trainer.current_epoch > 0 and not self._is_resuming() and not self._epoch.restarting
         if will_iterate:
             loaders = list(self._fit._combined_loader.flattened)
             self.data.before_iterating(loaders, self._trainer.current_epoch)
@@ -333,6 +333,10 @@ class LoopHooks:
             self._trainer.should_stop = self._trainer.should_stop or bool(pending["should_stop"])
         self._on_resumed()
         restore_rng(rng)
+
+    def _is_resuming(self) -> bool:
+        # Lightning 2.5.0 has only `restarting`.
+        return bool(getattr(self._fit, "is_resuming", False))
 
     def _all_loops(self) -> list[Any]:
         epoch = self._epoch

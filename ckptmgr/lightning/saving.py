@@ -69,6 +69,7 @@ class Saver:
         self._step = self._last_saved_step = int(trainer.global_step)
         self._last_saved_at = time.monotonic()
         self._last_saved = continued
+        self._has_pending_gradients = False
         self._validation_names = set(validation_names)
         self._validated_at: int | None = None
         self.is_validating = False
@@ -109,8 +110,11 @@ class Saver:
         step = self._trainer.global_step
         if self._trainer.fit_loop._should_accumulate():
             return False
-        if boundary.place == "step" and step == self._step:
-            return False  # Manual optimization that gathers gradients: nothing has been updated.
+        if boundary.place == "step":
+            # Manual optimization may gather gradients over batches, and they are in no checkpoint.
+            self._has_pending_gradients = step == self._step
+        if self._has_pending_gradients and not (boundary.place == "epoch" and self._is_training_over()):
+            return False
         self._step = step
         metrics = self.latest_metrics = fresh_metrics(
             self._trainer,

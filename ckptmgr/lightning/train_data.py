@@ -50,6 +50,8 @@ class TrainData:
         self._at_first_fetch: dict[str, Any] | None = None
         self._before_last_fetch: dict[str, Any] | None = None
         self._workers: list[dict[str, Any] | None] = []
+        # Without workers the order is drawn at the first fetch of the epoch, else when the loader is iterated.
+        self._is_order_late = False
         # Of several loaders, a shorter one begins again in mid-epoch: fetch → RNG before it.
         self._restarts: dict[int, dict[str, Any]] = {}
 
@@ -64,6 +66,7 @@ class TrainData:
             "attributes": [simple_attributes(loader) for loader in loaders],
         }
         self._at_first_fetch = self._before_last_fetch = None
+        self._is_order_late = not getattr(loaders[0], "num_workers", 0) if loaders else False
         self._restarts = {}
 
     def watch(self, fetcher: Any) -> None:
@@ -86,6 +89,7 @@ class TrainData:
             # The next epoch begins anew: what this one began with would only take space.
             "start": None if is_last else start,
             "at_first_fetch": None if is_last else self._at_first_fetch,
+            "is_order_late": self._is_order_late,
             "at_last_fetch": None if is_last or ahead is None else ahead["rng"],
             "restarts": {} if is_last else dict(self._restarts),
             "workers": copy.deepcopy(self._workers),
@@ -124,6 +128,7 @@ class TrainData:
     def prepare(self, position: Mapping[str, Any], loaders: list[Any]) -> None:
         """Put in place what the interrupted epoch began with. Called instead of `before_iterating`."""
         self._start, self._at_first_fetch = position["start"], position["at_first_fetch"]
+        self._is_order_late = bool(position["is_order_late"])
         self._before_last_fetch = None
         self._workers = copy.deepcopy(list(position["workers"]))
         self._restarts = dict(position["restarts"])
@@ -236,12 +241,9 @@ class TrainData:
         if workers is not None and not workers["are_reused"]:
             # In the original run this epoch made the workers; reset ones would draw other numbers.
             loader._iterator = None
-        _restore_loader(loader, self._start["loaders"][0])
-        restore_rng(self._start["rng"])
-        skipped = skipping_loader(loader, position["batches"])
+        self._begin_epoch(loader)
+        skipped = skipping_loader(loader, position["batches"], before_first=lambda: self._begin_order(position, loader))
         iterator = iter(skipped)
-        if position["at_first_fetch"] is not None:
-            restore_rng(position["at_first_fetch"])
         skipped.prime()
         if skipped.draws_per_batch:
             self._say(
@@ -249,6 +251,21 @@ class TrainData:
                 "the training steps; give it a generator object of its own"
             )
         fetcher.combined_loader._iterator.iterators[0] = iterator
+
+    def _begin_epoch(self, loader: Any) -> None:
+        assert self._start is not None
+        _restore_loader(loader, self._start["loaders"][0])
+        restore_rng(self._start["rng"])
+
+    def _begin_order(self, position: Mapping[str, Any], loader: Any) -> None:
+        """Put in place the RNG under which the run that saved asked its sampler for the first batch."""
+        workers = self._workers[0]
+        if self._is_order_late:
+            if position["at_first_fetch"] is not None:
+                restore_rng(position["at_first_fetch"])
+        elif workers is not None and workers["are_reused"] and not keeps_workers(loader):
+            # An epoch of workers that lived on began without the draw of a seed for new ones.
+            self._begin_epoch(loader)
 
     def _replay(self, position: Mapping[str, Any], fetcher: Any, loaders: list[Any]) -> None:
         assert self._start is not None
