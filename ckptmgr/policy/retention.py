@@ -84,7 +84,7 @@ class KeepLast:
 
     def reasons_to_keep(self, checkpoints: Sequence[CheckpointFacts]) -> dict[str, tuple[str, ...]]:
         last_of_step = {facts.step: facts.id for facts in _oldest_first(checkpoints)}
-        return {id: (f"last {self.k}",) for id in list(last_of_step.values())[-self.k :]}
+        return dict.fromkeys(list(last_of_step.values())[-self.k :], (f"last {self.k}",))
 
 
 @dataclass(frozen=True, slots=True)
