@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -259,6 +260,8 @@ class DataPosition(Iterator[Any]):
             reused = self._loader._iterator is not None
             rng = (self._workers or {}).get("rng") if reused else self._epoch_start["rng"]
             self._workers = {"are_reused": reused, "rng": rng}
+        else:
+            self._workers = None
         self._iterator = self._iterate()
         return True
 
@@ -318,17 +321,23 @@ class DataPosition(Iterator[Any]):
             return self._iterate()
         if needs_workers and workers["are_reused"]:
             self._make_workers(state)
-        restore_rng(state["epoch_start"]["rng"])
-        restore_generators(generators_of(self._loader), state["epoch_start"]["generators"])
+        self._put_epoch_start(state)
         self._attributes_at_start = simple_attributes(self._loader)
         if how == "skip":
-            skipped = skipping_loader(self._loader, self.batch)
+            # An epoch of workers that lived on began without the draw of a seed for new ones.
+            lived_on = workers is not None and workers["are_reused"] and not keeps_workers(self._loader)
+            before_first = functools.partial(self._put_epoch_start, state) if lived_on else None
+            skipped = skipping_loader(self._loader, self.batch, before_first=before_first)
             iterator = iter(skipped)
             skipped.prime()
             if skipped.draws_per_batch:
                 self._say_draws("the sampler")
             return iterator
         return self._replay()
+
+    def _put_epoch_start(self, state: Mapping[str, Any]) -> None:
+        restore_rng(state["epoch_start"]["rng"])
+        restore_generators(generators_of(self._loader), state["epoch_start"]["generators"])
 
     def _make_workers(self, state: Mapping[str, Any]) -> None:
         """Start the workers that, without a restart, would live since an earlier epoch; the epoch then resets them."""

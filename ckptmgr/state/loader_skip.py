@@ -16,7 +16,7 @@ the RNG of the epoch's start, ``iter(skipped)``, ``skipped.prime()``, set the RN
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -40,12 +40,17 @@ def why_not_skippable(loader: object) -> str | None:
     return None
 
 
-def skipping_loader(loader: DataLoader[Any], nbatches: int) -> SkippedLoader:
+def skipping_loader(
+    loader: DataLoader[Any], nbatches: int, *, before_first: Callable[[], None] | None = None
+) -> SkippedLoader:
     """Return a view of ``loader`` whose next epoch starts after its first ``nbatches`` batches.
 
     Args:
         loader: A ``DataLoader``, or a subclass that leaves iteration alone, over a map-style dataset. Left as it is.
         nbatches: Batches to leave out, at least 0. In batches of the index sampler: samples when ``batch_size=None``.
+        before_first: Called just before the sampler is asked for its first batch. Where this loader has workers and the
+            one that the epoch began with had none, or the other way round, they ask at another place between other
+            draws; the RNG of that place can be put here.
 
     Returns:
         An iterable over the rest of one epoch.
@@ -63,7 +68,7 @@ def skipping_loader(loader: DataLoader[Any], nbatches: int) -> SkippedLoader:
             why=reason,
             next="read the batches and discard them",
         )
-    return SkippedLoader(loader, nbatches)
+    return SkippedLoader(loader, nbatches, before_first)
 
 
 class SkippedLoader:
@@ -80,11 +85,11 @@ class SkippedLoader:
         nbatches: How many batches are left out.
     """
 
-    def __init__(self, loader: DataLoader[Any], nbatches: int) -> None:
+    def __init__(self, loader: DataLoader[Any], nbatches: int, before_first: Callable[[], None] | None = None) -> None:
         self.loader = loader
         self.nbatches = nbatches
         self._original = _index_sampler(loader)
-        self._sampler = _SkippingSampler(self._original, nbatches)
+        self._sampler = _SkippingSampler(self._original, nbatches, before_first or _nothing)
 
     def __iter__(self) -> Iterator[Any]:
         loader: Any = self.loader
@@ -137,14 +142,15 @@ class SkippedLoader:
 
 
 class _SkippingSampler:
-    def __init__(self, sampler: Iterable[Any], nbatches: int) -> None:
+    def __init__(self, sampler: Iterable[Any], nbatches: int, before_first: Callable[[], None]) -> None:
+        self.before_first = before_first
         self.sampler = sampler
         self.nbatches = nbatches
         self.latest: _SkippingIterator | None = None
 
     def __iter__(self) -> _SkippingIterator:
         # A loader with workers calls this twice and uses the second.
-        self.latest = _SkippingIterator(iter(self.sampler), self.nbatches)
+        self.latest = _SkippingIterator(iter(self.sampler), self.nbatches, self.before_first)
         return self.latest
 
     def __len__(self) -> int:
@@ -154,10 +160,11 @@ class _SkippingSampler:
 
 
 class _SkippingIterator:
-    def __init__(self, inner: Iterator[Any], nbatches: int) -> None:
+    def __init__(self, inner: Iterator[Any], nbatches: int, before_first: Callable[[], None]) -> None:
         self.draws_per_batch: bool | None = None
         self._inner = inner
         self._nbatches = nbatches
+        self._before_first = before_first
         self._is_skipped = False
 
     def __iter__(self) -> _SkippingIterator:
@@ -171,6 +178,7 @@ class _SkippingIterator:
         if self._is_skipped:
             return
         self._is_skipped = True
+        self._before_first()
         after_first: dict[str, Any] | None = None
         for done in range(self._nbatches):
             try:
@@ -184,6 +192,10 @@ class _SkippingIterator:
             if after_first is None:
                 after_first = capture_rng()
         self.draws_per_batch = after_first is not None and not same_rng(after_first, capture_rng())
+
+
+def _nothing() -> None:
+    """Leave the RNG as it is."""
 
 
 def _index_sampler(loader: DataLoader[Any]) -> Iterable[Any]:

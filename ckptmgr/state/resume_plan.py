@@ -74,7 +74,7 @@ def _plan_with_workers(
 ) -> ResumePlan:
     saved = state["facts"]
     messages: list[str] = []
-    if live["keeps_workers"] != saved["keeps_workers"] and live["num_workers"] and saved["num_workers"]:
+    if live["keeps_workers"] != saved["keeps_workers"]:
         messages.append("not exact: persistent_workers has changed, and with it what is drawn when an epoch begins")
     unproven = _why_unproven(loader)
     live_on = live["keeps_workers"] or saved["keeps_workers"]

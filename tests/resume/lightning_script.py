@@ -109,6 +109,8 @@ class Task(pl.LightningModule):
             # Lightning tells the epoch to samplers only. The manager tells it to this one.
             dataset.set_epoch(self.current_epoch)
         self.faults.reached("turn-end", self.turn - 1)
+        # The train loader has been iterated, and its first batch not fetched.
+        torch.rand(1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["trace"] = list(self.trace)

@@ -88,7 +88,8 @@ class Runner:
     def reference(self, setup: Setup) -> dict[str, Any]:
         """Return the result of the same training without a manager."""
         # Per-sample seeds give the same whatever the number of workers: one reference for all, so that this is seen.
-        canonical = replace(setup, workers=0) if setup.loader in ("sample-seed", "shuffle") else setup
+        is_same = self._script == "plain_script" and setup.loader in ("sample-seed", "shuffle")
+        canonical = replace(setup, workers=0) if is_same else setup
         with self._lock:
             is_first = canonical not in self._references
             future = self._references.setdefault(canonical, Future())

@@ -116,10 +116,44 @@ def test_per_sample_seeds_make_the_number_of_workers_irrelevant(
     plain: Runner, tmp_path: Path, workers: tuple[int, ...]
 ) -> None:
     setup = Setup(loader="sample-seed", workers=2)
-    faults = [Fault("forward", 5), Fault("turn-end", 10)]
+    faults = [Fault("forward", 5), Fault("forward", 12)]
     log = plain.check_chain(setup, tmp_path / "run", faults, workers=workers, options={"every_n_steps": 2})
     assert "exact" not in log
     assert "replay" not in log
+
+
+@pytest.mark.parametrize("workers", [(0, 2), (2, 0)], ids=str)
+@pytest.mark.parametrize("turn", [5, 12])
+def test_an_epoch_keeps_its_order_when_workers_are_kept_no_more(
+    plain: Runner, tmp_path: Path, workers: tuple[int, ...], turn: int
+) -> None:
+    # Workers that live on are not seeded again: from the second epoch on, less is drawn when an epoch begins.
+    setup = Setup(loader="kept-workers", workers=workers[0])
+    expected = plain.reference(setup)
+    result, log = plain.run_chain(setup, tmp_path / "run", [Fault("forward", turn)], workers=workers, options=EACH_STEP)
+    end = 7 if turn < 7 else 14
+    assert samples_of(result)[:end] == samples_of(expected)[:end]
+    assert "not exact: persistent_workers has changed" in log
+
+
+@pytest.mark.parametrize("workers", [(0, 2, 0, 2), (2, 0, 2, 0)], ids=str)
+@pytest.mark.parametrize("first", [2, 9])
+def test_the_number_of_workers_may_change_again_and_again_in_one_epoch(
+    plain: Runner, tmp_path: Path, workers: tuple[int, ...], first: int
+) -> None:
+    setup = Setup(loader="sample-seed", workers=workers[0])
+    faults = [Fault("forward", first + number) for number in range(3)]
+    log = plain.check_chain(setup, tmp_path / "run", faults, workers=workers, options=EACH_STEP)
+    assert "exact" not in log
+
+
+def test_what_was_true_of_kept_workers_is_forgotten_with_them(plain: Runner, tmp_path: Path) -> None:
+    setup = Setup(loader="kept-workers", workers=2)
+    kills = [Fault("forward", 12), Fault("forward", 14), Fault("forward", 17)]
+    how: dict[str, Any] = {"workers": (2, 0, 0, 0), "options": EACH_STEP}
+    once, _ = plain.run_chain(setup, tmp_path / "once", kills[:1], **how)
+    often, log = plain.run_chain(setup, tmp_path / "often", kills, **how)
+    assert first_difference(once, often) is None, log
 
 
 def test_a_replay_says_what_it_costs_and_what_would_avoid_it(plain: Runner, tmp_path: Path) -> None:
