@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +55,20 @@ def load_checkpoint(
     Raises:
         RunNotFoundError, CheckpointNotFoundError: Nothing answers to the reference.
         CorruptCheckpointError: It is damaged. For ``latest`` an older intact one is used instead, with a warning.
+        StorageError, FormatVersionError: It cannot be read at this moment, or by this version.
     """
     if isinstance(reference, str):
         reference = parse_reference(reference)
     storage = open_storage(reference.run_dir, storage_options=storage_options)
     catalog = Catalog.of_existing_run(storage)
-    return choose_checkpoint(catalog, reference, names)
+    try:
+        return choose_checkpoint(catalog, reference, names)
+    except CorruptCheckpointError:
+        # The run may be alive, and its retention faster than this reader.
+        fresh = Catalog.of_existing_run(storage)
+        if fresh.committed == catalog.committed:
+            raise
+        return choose_checkpoint(fresh, reference, names)
 
 
 def choose_checkpoint(catalog: Catalog, reference: Reference, names: Sequence[str] | None) -> LoadedCheckpoint:
@@ -96,6 +105,9 @@ def choose_checkpoint(catalog: Catalog, reference: Reference, names: Sequence[st
 
 def _candidates(catalog: Catalog, failures: list[str]) -> Iterator[Manifest]:
     for checkpoint in reversed(catalog.on_line):
+        # What cannot be read at this moment, or by this version, is no reason to lose what was trained since.
+        with suppress(CorruptCheckpointError, CheckpointNotFoundError):
+            catalog.manifest(checkpoint)
         reason = catalog.why_not_intact(checkpoint)
         if reason is None:
             yield catalog.manifest(checkpoint)

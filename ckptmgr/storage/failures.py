@@ -11,8 +11,8 @@ from ckptmgr.errors import StorageError
 __all__ = ["failing_as", "storage_error"]
 
 _NEXT = {
-    errno.ENOSPC: "free some space (`ckptmgr prune` helps); the last checkpoint is untouched",
-    errno.EDQUOT: "free some of your quota, or ask for more; the last checkpoint is untouched",
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota, or ask for more",
     errno.EFBIG: "the file is larger than this filesystem or the process limit (ulimit -f) allows",
     errno.EROFS: "the filesystem is mounted read-only: choose another location, or remount it",
     errno.EACCES: "check the owner and the mode of the directory, or choose another location",

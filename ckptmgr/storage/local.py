@@ -163,8 +163,9 @@ class LocalStorage:
                     if race == _MAX_FOLDER_RACES - 1:
                         raise
                 except FileExistsError as cause:
-                    # A dangling link in place of the root: not what a caller takes this error for.
-                    raise storage_error("write", self.url, key, cause) from cause
+                    # Not what a caller takes this error for.
+                    why = "a symbolic link that leads nowhere stands in place of the directory"
+                    raise storage_error("write", self.url, key, cause, why=why, next="remove the link") from cause
         raise AssertionError("unreachable")
 
     def _make_folder(self, folders: Sequence[str]) -> int:

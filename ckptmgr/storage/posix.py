@@ -58,7 +58,7 @@ def link_or_rename(source: str, target: str, *, folder: int, must_be_atomic: boo
     try:
         os.unlink(source, dir_fd=folder)
     except OSError:
-        # The object is published; its second, hidden name is a leftover for `prune`, no reason to fail.
+        # The object is published; its second, hidden name is a leftover for the next clean-up, no reason to fail.
         return
 
 

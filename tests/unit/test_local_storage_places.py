@@ -51,7 +51,7 @@ def test_a_full_disk_leaves_what_was_there_and_is_named(tiny_filesystem: Path) -
     with pytest.raises(StorageError) as caught:
         storage.write("new", [bytes(1 << 16)] * 32)
     assert caught.value.errno == errno.ENOSPC
-    assert "prune" in str(caught.value.next)
+    assert "free some space" in str(caught.value.next)
     assert storage.list() == [Entry("old", 1 << 19)]
     assert storage.list_temporary() == []
     storage.write("new", [bytes(1 << 18)])

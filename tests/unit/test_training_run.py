@@ -15,6 +15,7 @@ from ckptmgr.errors import (
     Fenced,
     FormatVersionError,
     SaveFailedError,
+    StorageError,
     TopologyError,
     UnsupportedStateError,
     UsageError,
@@ -331,3 +332,32 @@ def test_a_run_directory_that_cannot_be_meant_is_refused(run_dir: object) -> Non
 def test_a_resume_that_cannot_be_meant_is_refused(resume: object) -> None:
     with pytest.raises(UsageError, match="resume="):
         training_run.requested_run("runs/x", resume)  # type: ignore[arg-type]
+
+
+def test_a_storage_that_fails_does_not_send_training_back(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = LocalStorage.read
+
+    def failing(self: LocalStorage, key: str, **kwargs: int) -> bytes:
+        if key.startswith("checkpoints/0000000030") and key.endswith("manifest.json"):
+            raise StorageError("the file server is away")
+        return read(self, key, **kwargs)
+
+    monkeypatch.setattr(LocalStorage, "read", failing)
+    with pytest.raises(StorageError, match="away"):
+        open_run(root)
+
+
+def test_a_reader_that_is_slower_than_retention_looks_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readinto = LocalStorage.readinto
+
+    def retaining(self: LocalStorage, key: str, buffer: memoryview, *, start: int = 0) -> None:
+        if key.startswith("checkpoints/0000000030"):
+            monkeypatch.undo()
+            run = open_run(root, retention=KeepLast(1))
+            for step in (40, 50, 60):
+                save(run, step)
+            run.close("finished")
+        readinto(self, key, buffer, start=start)
+
+    monkeypatch.setattr(LocalStorage, "readinto", retaining)
+    assert load_checkpoint(str(root)).manifest.step == 60
