@@ -70,6 +70,7 @@ class Saver:
         self._last_saved_at = time.monotonic()
         self._last_saved = continued
         self._has_pending_gradients = False
+        self._is_epoch_end_postponed = False
         self._validation_names = set(validation_names)
         self._validated_at: int | None = None
         self.is_validating = False
@@ -114,6 +115,8 @@ class Saver:
             # Manual optimization may gather gradients over batches, and they are in no checkpoint.
             self._has_pending_gradients = step == self._step
         if self._has_pending_gradients and not (boundary.place == "epoch" and self._is_training_over()):
+            # What is due at the end of the epoch is due with the step that uses them.
+            self._is_epoch_end_postponed |= boundary.is_epoch_end
             return False
         self._step = step
         metrics = self.latest_metrics = fresh_metrics(
@@ -175,10 +178,11 @@ class Saver:
         if boundary.is_epoch_end and boundary.place != "epoch" and not (boundary.is_validation_due or told_to_stop):
             # The end of the epoch follows at once: saved there, the checkpoint has the epoch's metrics.
             return None
+        postponed, self._is_epoch_end_postponed = self._is_epoch_end_postponed, False
         moment = Moment(
             step=self._step,
-            epoch=self._trainer.current_epoch - (boundary.place == "epoch"),
-            is_epoch_end=boundary.is_epoch_end,
+            epoch=self._trainer.current_epoch - (boundary.place == "epoch" or postponed),
+            is_epoch_end=boundary.is_epoch_end or postponed,
             last_saved_step=self._last_saved_step,
             seconds_since_save=time.monotonic() - self._last_saved_at,
             metrics=metrics,

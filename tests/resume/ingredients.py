@@ -30,6 +30,7 @@ class Setup:
     optimizer: str = "adamw"
     scheduler: str = "none"
     accumulate: int = 1
+    flush: bool = True  # Step at the end of an epoch, even if fewer batches than `accumulate` were gathered.
     precision: str = "float32"
     ema: bool = False
     epochs: int = 3

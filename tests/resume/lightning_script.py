@@ -69,7 +69,10 @@ class Task(pl.LightningModule):
 
     def _optimize(self, loss: torch.Tensor, batch_idx: int) -> None:
         self.manual_backward(loss / self.setup_of_case.accumulate)
-        if (batch_idx + 1) % self.setup_of_case.accumulate and not self.trainer.is_last_batch:
+        flush = self.setup_of_case.flush and self.trainer.is_last_batch
+        # Counted over epochs: without the flush, gradients of one are used in the next.
+        ngathered = (batch_idx if self.setup_of_case.flush else self.turn - 1) + 1
+        if ngathered % self.setup_of_case.accumulate and not flush:
             return
         for optimizer in self.optimizers():  # type: ignore[union-attr]
             optimizer.step()

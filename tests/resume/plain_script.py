@@ -104,7 +104,8 @@ def train(setup: Setup, faults: Faults, job: dict[str, Any]) -> None:
             faults.reached("forward", turn)
             (loss / setup.accumulate).backward()
             progress["in_epoch"] += 1
-            if progress["in_epoch"] % setup.accumulate == 0 or ckpt.is_last_batch:
+            ngathered = progress["in_epoch"] if setup.flush else turn
+            if ngathered % setup.accumulate == 0 or (setup.flush and ckpt.is_last_batch):
                 for optimizer in optimizers.values():
                     optimizer.step()
                     optimizer.zero_grad()

@@ -100,6 +100,17 @@ def test_sigterm_with_pending_gradients_saves_after_the_step_that_uses_them(
     assert steps_of(log)[1] == {"adamw": "2", "two": "4"}[optimizer]
 
 
+@pytest.mark.parametrize("loader", ["countless", "shuffle"])
+def test_gradients_that_are_pending_when_an_epoch_ends_are_not_lost(
+    lightning: Runner, tmp_path: Path, loader: str
+) -> None:
+    setup = Setup(loader=loader, optimizer="two", accumulate=2, flush=False)
+    options = {"every_n_epochs": 1, "background": False}
+    faults = [Fault("forward", 8), Fault("forward", 9), Fault("forward", 17)]
+    log = lightning.check_chain(setup, tmp_path / "run", faults, options=options)
+    assert steps_of(log) == ["None", "None", "8", "14"]
+
+
 @pytest.mark.parametrize("workers", [(0, 2, 0), (2, 0, 2), (2, 1, 2)], ids=str)
 def test_per_sample_seeds_make_the_number_of_workers_irrelevant(
     lightning: Runner, tmp_path: Path, workers: tuple[int, ...]

@@ -21,12 +21,15 @@ RARELY = {"every_n_steps": 100}
 EACH_STEP = {"every_n_steps": 1, "background": False}
 
 
-@pytest.mark.parametrize("loader", ["countless", "stream"])
+@pytest.mark.parametrize("loader", ["countless", "stream", "shuffle"])
 def test_gradients_that_are_pending_when_an_epoch_ends_are_not_lost(plain: Runner, tmp_path: Path, loader: str) -> None:
     # 7 batches, a step after each second one: the gradient of the seventh waits for the next epoch.
-    setup = Setup(loader=loader, accumulate=2)
-    options = {"every_n_epochs": 1}
-    plain.check_chain(setup, tmp_path / "run", [Fault("forward", 8), Fault("forward", 17)], options=options)
+    setup = Setup(loader=loader, accumulate=2, flush=False)
+    options = {"every_n_epochs": 1, "background": False}
+    faults = [Fault("forward", 8), Fault("forward", 9), Fault("forward", 17)]
+    log = plain.check_chain(setup, tmp_path / "run", faults, options=options)
+    # What is due at the end of the epoch is saved with the step that uses the gradient.
+    assert steps_of(log) == ["None", "None", "4", "7"]
 
 
 def test_a_finished_run_is_started_again_and_stays_as_it_is(plain: Runner, tmp_path: Path) -> None:
@@ -67,12 +70,11 @@ def test_an_exception_in_forward_saves_the_step_before_it(plain: Runner, tmp_pat
     options = {**RARELY, "save_on_exception": True}
     faults = [Fault("forward", 5, "raise"), Fault("fetched", 8, "raise"), Fault("forward", 13, "raise")]
     log = plain.check_chain(setup, tmp_path / "run", faults, options=options)
-    saved_at = [line.split("from step ")[1].split(")")[0] for line in log.splitlines() if line.startswith("--- start")]
     # With gradient accumulation, the last step lies before the batches whose gradients were pending.
     expected = {1: ["None", "4", "7", "12"], 2: ["None", "2", "4", "6"]}[setup.accumulate]
     if setup.loader == "countless":
         expected = ["None", "2", "3", "5"]
-    assert saved_at == expected
+    assert steps_of(log) == expected
 
 
 @pytest.mark.parametrize("point", ["optimizing", "stepped", "validating"])
@@ -187,6 +189,11 @@ def test_what_cannot_be_exact_is_said_by_name_and_trains_each_sample_once(
     for first in (0, 7, 14):
         epoch = samples_of(result)[first : first + 7]
         assert sorted(number for batch in epoch for number in batch) == list(range(NSAMPLES))
+
+
+def steps_of(log: str) -> list[str]:
+    """Return the steps from which the starts began, as their log tells."""
+    return [line.split("from step ")[1].split(")")[0] for line in log.splitlines() if line.startswith("--- start")]
 
 
 def samples_of(result: dict[str, Any]) -> list[list[int]]:
