@@ -23,6 +23,7 @@ from ckptmgr.lightning.trainer_metrics import restore_metrics
 from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.reference import Reference, parse_reference
+from ckptmgr.state.trees import copied_tree
 from ckptmgr.storage.open import open_storage
 from ckptmgr.training_run import RUN_DIR_VARIABLE, TrainingRun
 
@@ -72,7 +73,7 @@ class Resume:
         self._storage_options = storage_options
         self._hooks: LoopHooks | None = None
         self._sanity_steps: int | None = None
-        self._is_own = False
+        self._weights_before: dict[str, Any] | None = None
 
     def install(self, hooks: LoopHooks | None, *, leads: bool) -> None:
         """Take the place of the connector's ``resume_start``."""
@@ -89,7 +90,13 @@ class Resume:
         connector.resume_start = resume_start
 
     def uninstall(self) -> None:
-        """Leave nothing of ours on the connector. Idempotent."""
+        """Leave nothing of ours on the connector, and nothing in the model of a restore that was not accepted.
+
+        Idempotent. Lightning loads the model before there are optimizers and loaders to compare with the checkpoint.
+        """
+        if self._weights_before is not None:
+            self._trainer.lightning_module.load_state_dict(self._weights_before)
+            self._weights_before = None
         connector = self._trainer._checkpoint_connector
         for name in ("resume_start", "restore_optimizers_and_schedulers"):
             vars(connector).pop(name, None)
@@ -112,7 +119,7 @@ class Resume:
         assert self.run is not None
         loaded = self.run.continued
         self.run.accept()
-        self.run.continued = self.loaded = None
+        self.run.continued = self.loaded = self._weights_before = None
         return None if loaded is None else loaded.manifest.id
 
     def _choose(self, checkpoint_path: Any) -> Any:
@@ -183,6 +190,7 @@ class Resume:
                 next=f"start another run from its weights: Model.load_from_checkpoint({url!r})",
             )
         check_model(trainer.lightning_module, loaded)
+        self._weights_before = copied_tree(dict(trainer.lightning_module.state_dict()))
         position = loaded.entries[DATA].tree
         if explicit and position["place"] == "epoch":
             # Named by hand, a run that was stopped early is meant to go on.

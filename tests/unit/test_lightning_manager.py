@@ -305,8 +305,11 @@ def test_another_number_of_optimizers_is_refused(tmp_path: Path) -> None:
             return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net[0], self.net[1:])], []
 
     fit(tmp_path, CheckpointManager(tmp_path / "run"), max_epochs=1)
+    model = Two()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(StateMismatchError, match="1 optimizer, the module configures 2"):
-        fit(tmp_path, CheckpointManager(tmp_path / "run"), model=Two)
+        fit(tmp_path, CheckpointManager(tmp_path / "run"), model=lambda: model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_another_batch_size_is_refused_in_mid_epoch_only(tmp_path: Path) -> None:
@@ -317,8 +320,11 @@ def test_another_batch_size_is_refused_in_mid_epoch_only(tmp_path: Path) -> None
             model=lambda: Model(("training_step", 4)),
         )
     trainer = make_trainer(tmp_path, CheckpointManager(tmp_path / "run"))
+    model = Model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(StateMismatchError, match="batch_size is 4 in the checkpoint, 8"):
-        trainer.fit(Model(), DataLoader(Numbered(), batch_size=8, shuffle=True))
+        trainer.fit(model, DataLoader(Numbered(), batch_size=8, shuffle=True))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     fit(tmp_path, CheckpointManager(tmp_path / "run"), max_epochs=1)
     trainer = make_trainer(tmp_path, CheckpointManager(tmp_path / "run"))
     trainer.fit(Model(), DataLoader(Numbered(), batch_size=8, shuffle=True))
