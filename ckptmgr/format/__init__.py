@@ -1,0 +1,1 @@
+"""Format version 1: key names, records, the tagged tree, digests. FORMAT.md says it all in words."""
