@@ -9,7 +9,16 @@ from faults import Fault
 from ingredients import Setup
 from pairwise import pairwise
 
-__all__ = ["CADENCES", "KILLS", "LIGHTNING_KILLS", "PLAIN_LOADERS", "Case", "lightning_cases", "plain_cases"]
+__all__ = [
+    "CADENCES",
+    "KILLS",
+    "LIGHTNING_KILLS",
+    "PLAIN_LOADERS",
+    "Case",
+    "lightning_cases",
+    "options_of",
+    "plain_cases",
+]
 
 # Batch 7 is the last of an epoch. A save is counted by its step; 1 is the first save of that process.
 KILLS = {
@@ -91,6 +100,13 @@ def plain_cases() -> list[Case]:
     return cases
 
 
+def options_of(face: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options under the names that the face has for them."""
+    if face == "plain":
+        return options
+    return {key.replace("n_steps", "n_train_steps"): value for key, value in options.items()}
+
+
 def lightning_cases() -> list[Case]:
     """Return the cases of `CheckpointManager`: every pair of two factors."""
     rows = pairwise(
@@ -117,6 +133,5 @@ def lightning_cases() -> list[Case]:
         # In manual optimization, Lightning counts the step of each optimizer.
         max_steps = 12 // row["accumulate"] * (2 if row["optimizer"] == "two" else 1) if ends == "max-steps" else None
         setup = Setup(loader=loader, workers=workers, max_steps=max_steps, **row)
-        options = {key.replace("n_steps", "n_train_steps"): value for key, value in CADENCES[cadence].items()}
-        cases.append(Case("lightning", setup, kills, cadence, reseed, options))
+        cases.append(Case("lightning", setup, kills, cadence, reseed, options_of("lightning", CADENCES[cadence])))
     return cases
