@@ -220,7 +220,7 @@ class Checkpointer:
             data.load_state_dict(self._position.tree, rng=self._position.rng)
             has_ended = data.is_last_batch or self._position.tree["is_exhausted"]
             self._position = None
-            if has_ended and epochs is not None and data.epoch + 1 >= epochs:
+            if epochs is not None and data.epoch + bool(has_ended) >= epochs:
                 _log.warning("%s is finished: all %d epochs were trained by step %d", self._run_dir, epochs, self._step)
         self._data = data
         return iter(data)

@@ -207,7 +207,7 @@ class TrainingRun:
         manifest = self.continued.manifest if self.continued else None
         self._continuation = record_line(self.storage, self._attempt, manifest)
         self._is_accepted = True
-        catalog = Catalog(self.storage)
+        catalog = Catalog(self.storage, known={manifest.id: manifest} if manifest else None)
         for checkpoint in catalog.on_line:
             if catalog.why_not_intact(checkpoint) is None:
                 self._known[checkpoint] = catalog.manifest(checkpoint)

@@ -144,6 +144,9 @@ class DataPosition(Iterator[Any]):
 
     def __next__(self) -> Any:
         if self._pending is not None:
+            if self._epochs is not None and self.epoch >= self._epochs:
+                # Fewer epochs are wanted now than had begun then.
+                raise StopIteration
             self._resume(self._pending)
         while not self._is_over:
             if self._iterator is None and not self._begin_epoch():

@@ -23,8 +23,9 @@ _LIGHTNING_MODULES = ("lightning.pytorch.core.optimizer", "pytorch_lightning.cor
 class OptimizerHandler:
     """Captures an optimizer by parameter name.
 
-    The tree is that of `optimizer_names.to_names`, with ``"parameters": {name: [dtype, shape]}``. An optimizer with a
-    state dict of its own making is kept whole as ``"opaque"`` and restored only for the same list of parameters.
+    The tree is that of `optimizer_names.to_names`, with ``"type": class name`` and
+    ``"parameters": {name: [dtype, shape]}``. An optimizer with a state dict of its own making is kept whole as
+    ``"opaque"`` and restored only for the same list of parameters.
 
     Hyper-parameters come from the checkpoint; options that say how the live optimizer computes (fused, foreach,
     capturable) and the place of ``step`` and of tensor learning rates follow the live optimizer.
@@ -51,12 +52,21 @@ class OptimizerHandler:
         else:
             tree = to_names(state_dict, listed, positional=positional)
             tree["flat"] = tree["flat"] or isinstance(optimizer, LBFGS)
+        tree["type"] = type(optimizer).__qualname__
         tree["parameters"] = described
         return tree
 
     def check(self, value: Any, tree: Any, names: ParameterNames) -> None:
         """Compare parameters, groups and shapes."""
         optimizer = unwrap_optimizer(value)
+        live_type = type(optimizer).__qualname__
+        if tree.get("type", live_type) != live_type:
+            # torch takes any state: the moments of one kind would lie unused, or be taken for those of another.
+            raise StateMismatchError(
+                f"the optimizer of the checkpoint is of another kind: {tree['type']}, the live one {live_type}",
+                why="the state of one kind means nothing to another",
+                next="build the same optimizer; to train on with another, start a new run from these weights",
+            )
         listed, positional = _live_names(optimizer, tree, names)
         if positional != tree["positional"]:
             named, unnamed = (

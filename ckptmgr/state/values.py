@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.trees import copy_into
 
 __all__ = ["ValuesHandler"]
+
+_log = logging.getLogger("ckptmgr")
 
 
 class ValuesHandler:
@@ -45,6 +48,9 @@ class ValuesHandler:
 
     def restore(self, value: Any, tree: Any, names: ParameterNames) -> None:
         """Make the live value equal to the saved one."""
+        if isinstance(value, dict) and (gone := [key for key in value if key not in tree]):
+            listed = ", ".join(map(repr, gone[:8]))
+            _log.warning("not in the checkpoint, and so removed from the restored dict: %s", listed)
         _merge(value, tree)
 
     def backup(self, value: Any, names: ParameterNames) -> Callable[[], None] | None:

@@ -492,3 +492,14 @@ def test_leaving_the_loop_without_a_save_says_which_steps_are_lost(
         leave()
     assert "steps 5 to 6 are lost" in caplog.text
     assert f'"outcome":"{outcome}"' in (tmp_path / "run/attempts/000001/end.json").read_text()
+
+
+def test_fewer_epochs_than_have_begun_train_nothing_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Training(tmp_path / "run").train(epochs=3, until=8)
+    assert Training(tmp_path / "run").train(epochs=1) == 8
+    assert "is finished" in caplog.text
+    again = Training(tmp_path / "run")
+    assert again.train(epochs=3) == 18
+    straight = Training(tmp_path / "straight")
+    straight.train(epochs=3)
+    assert again.bits() == straight.bits()

@@ -109,7 +109,7 @@ def test_a_generator_draws_on(build, draw):
     assert draw(second) == draw(first)
 
 
-def test_plain_values_are_restored_into_the_objects_that_are_there():
+def test_plain_values_are_restored_into_the_objects_that_are_there(caplog):
     def build(fill: float) -> dict[str, Any]:
         return {
             "ema": torch.full((2, 3), fill),
@@ -125,6 +125,7 @@ def test_plain_values_are_restored_into_the_objects_that_are_there():
     live["gone"] = 1
     ema, array, nested, first = live["ema"], live["nested"]["array"], live["nested"], live["list"][0]
     restored({"extra": live}, saved({"extra": source}))
+    assert "removed from the restored dict: 'gone'" in caplog.text
     assert live["ema"] is ema
     assert bits(ema) == bits(source["ema"])
     assert live["nested"] is nested

@@ -313,3 +313,14 @@ def test_numbered_state_dicts_convert_both_ways_without_an_optimizer():
     assert bits(to_indices(tree, names)) == bits(optimizer.state_dict())
     with pytest.raises(ValueError):
         to_names(optimizer.state_dict(), [names[0][:3]])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.RAdam])
+def test_the_state_of_another_kind_of_optimizer_is_refused(kind):
+    first = net()
+    optimizer = torch.optim.AdamW(first.parameters())
+    train(first, optimizer)
+    entries = saved({"model": first, "optimizer": optimizer})
+    live = net()
+    with pytest.raises(StateMismatchError, match=f"AdamW, the live one {kind.__name__}"):
+        check_state({"model": live, "optimizer": kind(live.parameters())}, entries)
