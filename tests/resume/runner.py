@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,30 +29,23 @@ EXIT_CODES = {"kill": -9, "raise": 1, "terminate": 75}
 class Runner:
     """Runs scripts of one face, and remembers the uninterrupted runs."""
 
-    def __init__(self, forge: Forge, folder: Path, script: str) -> None:
+    def __init__(self, forge: Forge, folder: Path, script: str, cases: Iterable[Case]) -> None:
         self._forge = forge
         self._folder = folder
         self._script = script
         self._numbers = itertools.count()
         self._references: dict[Setup, Future[dict[str, Any]]] = {}
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(max_workers=2)
-        self._chains: dict[Case, Future[str]] = {}
+        # The cases of the matrix run while other tests do.
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._chains = {case: self._pool.submit(self._run_case, case) for case in cases}
 
     def close(self) -> None:
         """Start no further chains."""
         self._pool.shutdown(cancel_futures=True)
 
-    def check_case(self, case: Case, selected: Sequence[Any]) -> str:
-        """Check a case of the matrix, while those that come after it run already.
-
-        Args:
-            case: One of ``selected``.
-            selected: All that will be asked for; others of another face may be among them.
-        """
-        for later in selected:
-            if isinstance(later, Case) and later.face == case.face and later not in self._chains:
-                self._chains[later] = self._pool.submit(self._run_case, later)
+    def check_case(self, case: Case) -> str:
+        """Check a case of the matrix that was begun; return the logs."""
         return self._chains[case].result()
 
     def _run_case(self, case: Case) -> str:

@@ -10,8 +10,6 @@ CASES = plain_cases()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_killed_run_ends_bit_for_bit_like_the_uninterrupted_one(
-    plain: Runner, selected_cases: list[object], case: Case
-) -> None:
-    log = plain.check_case(case, selected_cases)
+def test_a_killed_run_ends_bit_for_bit_like_the_uninterrupted_one(plain: Runner, case: Case) -> None:
+    log = plain.check_case(case)
     assert "not exact" not in log.replace("perhaps not exact", ""), log
