@@ -10,7 +10,7 @@ import click
 
 from ckptmgr.errors import UsageError
 from ckptmgr.run.catalog import Catalog
-from ckptmgr.run.reference import parse_reference
+from ckptmgr.run.reference import URL_PREFIX, parse_reference
 from ckptmgr.storage.open import open_storage
 
 __all__ = ["OpenRun", "json_option", "open_run", "run_dir_argument"]
@@ -55,7 +55,7 @@ def open_run(text: str, *, command: str | None = None) -> OpenRun:
         UsageError: A selector was given to a command that takes none.
     """
     reference = parse_reference(text)
-    selector = None if reference.run_dir == text else reference.selector
+    selector = None if reference.run_dir == text.removeprefix(URL_PREFIX) else reference.selector
     if command is not None and selector is not None:
         raise UsageError(
             f"ckptmgr {command} was given the checkpoint {text!r}",

@@ -53,9 +53,11 @@ def _newest_start(run: OpenRun) -> StartRecord:
     from ckptmgr.launch.relaunch import RUN_DIR_VARIABLE, shell_line
 
     attempts = read_attempts(run.catalog)
-    for attempt in reversed(attempts):
-        if attempt.start is not None:
-            return attempt.start
+    starts = [attempt for attempt in reversed(attempts) if attempt.start is not None]
+    # One that ended before it could train, such as a notebook that looked into the run, does not stand for it.
+    for attempt in [attempt for attempt in starts if attempt.line or not attempt.end] or starts:
+        assert attempt.start is not None
+        return attempt.start
     problems = [explain(problem) for attempt in attempts for problem in attempt.problems]
     raise ResumeRefusedError(
         f"nothing tells how {run.catalog.storage.url} was started",

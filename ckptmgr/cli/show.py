@@ -189,8 +189,9 @@ def _outcome(attempt: AttemptSummary) -> str:
     if attempt.end is None:
         return "running or killed"
     step = "" if attempt.end.step is None else f" at step {attempt.end.step}"
-    error = f": {attempt.end.error}" if attempt.end.error else ""
-    return f"{attempt.end.outcome}{step}{error}"
+    # The first line says what happened; --json has all of them. An exception without a message leaves its colon.
+    error = (attempt.end.error or "").partition("\n")[0].rstrip(": ")
+    return f"{attempt.end.outcome}{step}" + (f": {error}" if error else "")
 
 
 def _code(attempt: AttemptSummary) -> str:

@@ -327,7 +327,8 @@ class CheckpointManager:
             exception.add_note(f"ckptmgr: nothing was saved after this exception: {failure}")
             _log.exception("nothing was saved after the exception")
         try:
-            self._end(trainer, outcome, f"{type(exception).__name__}: {exception}")
+            error = None if outcome == "preempted" else f"{type(exception).__name__}: {exception}"
+            self._end(trainer, outcome, error)
         except Exception as failure:
             exception.add_note(f"ckptmgr: {failure}")
             _log.exception("the run could not be closed")

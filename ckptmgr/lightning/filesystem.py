@@ -19,19 +19,18 @@ from fsspec.spec import AbstractFileSystem
 from ckptmgr.errors import CheckpointNotFoundError, CkptmgrError, UsageError
 from ckptmgr.format.layout import RUN_MARKER
 from ckptmgr.run.catalog import Catalog
-from ckptmgr.run.reference import Reference, parse_reference
+from ckptmgr.run.reference import URL_PREFIX, Reference, parse_reference
 from ckptmgr.storage.open import open_storage
 
 __all__ = ["PROTOCOL", "CheckpointFileSystem", "own_reference", "register", "url_of"]
 
-PROTOCOL = "ckptmgr"
-_PREFIX = f"{PROTOCOL}://"
+PROTOCOL = URL_PREFIX.removesuffix("://")
 _IN_MEMORY = 256 * 2**20
 
 
 def url_of(reference: str) -> str:
     """Return the URL by which Lightning and fsspec know a reference."""
-    return reference if reference.startswith(_PREFIX) else f"{_PREFIX}{reference}"
+    return reference if reference.startswith(URL_PREFIX) else f"{URL_PREFIX}{reference}"
 
 
 def own_reference(path: str | os.PathLike[str] | None) -> Reference | None:
@@ -43,8 +42,8 @@ def own_reference(path: str | os.PathLike[str] | None) -> Reference | None:
     if path is None:
         return None
     text = os.fspath(path)
-    if text.startswith(_PREFIX):
-        return parse_reference(text.removeprefix(_PREFIX))
+    if text.startswith(URL_PREFIX):
+        return parse_reference(text.removeprefix(URL_PREFIX))
     if "://" not in text and Path(text).is_file():
         return None
     try:
@@ -69,12 +68,12 @@ class CheckpointFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
-        return os.fspath(path).removeprefix(_PREFIX)
+        return os.fspath(path).removeprefix(URL_PREFIX)
 
     def _open(self, path: str, mode: str = "rb", **_: Any) -> Any:
         if mode not in ("rb", "r"):
             raise UsageError(
-                f"{_PREFIX}{path} cannot be opened with mode {mode!r}",
+                f"{URL_PREFIX}{path} cannot be opened with mode {mode!r}",
                 why="checkpoints of a run are only written by a manager",
                 next="Trainer.save_checkpoint wants a path of its own, such as model.ckpt",
             )

@@ -141,6 +141,7 @@ class Resume:
         else:
             self._open_as_chosen()
         if self.loaded is None:
+            self._say(f"saving in {self._run_dir}: training starts from nothing")
             return None
         return self._hand_over(self.loaded, explicit=explicit)
 

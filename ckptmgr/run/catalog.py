@@ -70,7 +70,7 @@ class Catalog:
             raise RunNotFoundError(
                 f"no run in {storage.url}",
                 why="nothing is stored there" if not catalog.sizes else f"it holds files, but no {RUN_MARKER}",
-                next="check the path; `ckptmgr ls RUN_DIR` wants the directory that was given to the manager",
+                next="give the directory that the manager was given; in a script, resume='auto' starts a new run in it",
             )
         return catalog
 

@@ -10,7 +10,10 @@ from pathlib import Path
 from ckptmgr.errors import UsageError
 from ckptmgr.format.layout import CheckpointId
 
-__all__ = ["Reference", "checked_tags", "parse_reference"]
+__all__ = ["URL_PREFIX", "Reference", "checked_tags", "parse_reference"]
+
+URL_PREFIX = "ckptmgr://"
+"""Before a reference, where Lightning and fsspec want a URL."""
 
 _SELECTOR = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
 _MAX_TAG_LENGTH = 128
@@ -28,7 +31,7 @@ class Reference:
 
 
 def parse_reference(text: str) -> Reference:
-    """Read ``RUN_DIR`` or ``RUN_DIR@SELECTOR``.
+    """Read ``RUN_DIR`` or ``RUN_DIR@SELECTOR``, also as the URL ``ckptmgr://…`` that Lightning is given.
 
     The last ``@`` divides, unless a slash follows it (credentials in a URL) or a local directory has the whole text as
     its name.
@@ -36,6 +39,7 @@ def parse_reference(text: str) -> Reference:
     Raises:
         UsageError: Nothing stands before or after the ``@``, or what stands after it cannot be a selector.
     """
+    text = text.removeprefix(URL_PREFIX)
     run_dir, at, selector = text.rpartition("@")
     if not at or "/" in selector or ("://" not in text and Path(text).is_dir()):
         run_dir, selector = text, "latest"

@@ -98,7 +98,8 @@ def check_state(
             StateMismatchError(
                 "the entries of the checkpoint are not those of the live state",
                 why="; ".join(why),
-                next="give the same entries as in the run that saved, or restore only those that both have",
+                next="give the same entries as in the run that saved; for some of them, such as a model to "
+                "predict with, use a Checkpointer of another directory, and its restore('RUN_DIR@best')",
             )
         )
     for name, value in state.items():

@@ -109,6 +109,7 @@ def test_an_empty_place_is_no_run(tmp_path: Path) -> None:
         ("s3://key:secret@bucket/run", Reference("s3://key:secret@bucket/run")),
         ("s3://bucket/run@1200", Reference("s3://bucket/run", "1200")),
         ("/a@b/c@tag-1", Reference("/a@b/c", "tag-1")),
+        ("ckptmgr:///runs/x@best", Reference("/runs/x", "best")),
     ],
 )
 def test_a_reference_is_a_run_and_a_selector(text: str, expected: Reference) -> None:

@@ -23,7 +23,7 @@ from ckptmgr.format.manifest import Manifest
 from ckptmgr.format.record import encode_record
 from ckptmgr.launch.start_record import describe_start
 from ckptmgr.run.catalog import Catalog
-from ckptmgr.run.lineage import record_end
+from ckptmgr.run.lineage import claim_attempt, record_end
 from ckptmgr.storage.open import open_storage
 
 Output = pytest.CaptureFixture[str]
@@ -444,6 +444,17 @@ def test_a_run_whose_start_is_not_recorded_is_refused_with_what_to_do(run_dir: P
     done = ckptmgr_process("resume", "run", cwd=run_dir.parent)
     assert done.returncode == 1
     assert "CKPTMGR_RUN_DIR=run" in done.stderr
+
+
+def test_a_start_that_ended_before_it_could_train_does_not_stand_for_the_run(project: Path) -> None:
+    storage = open_storage(project / "run")
+    looked = claim_attempt(storage, Catalog(storage).attempts).attempt
+    storage.write(attempt_key(looked, "start"), [encode_record(describe_start())])
+    record_end(storage, looked, "failed", step=None, error="Error: it does not fit\n  why:  a reason")
+    assert "train.py" in ckptmgr_process("resume", "run", "--print", cwd=project).stdout
+    shown = ckptmgr_process("show", "run", cwd=project).stdout
+    assert "it does not fit" in shown
+    assert "a reason" not in shown
 
 
 # Small words
