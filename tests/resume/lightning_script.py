@@ -133,7 +133,7 @@ def main(job: dict[str, Any]) -> None:
     faults = Faults(Fault(**job["fault"]) if job["fault"] else None)
     seed_all(job["seed"])
     task = Task(setup, faults, is_reference=not job["run_dir"])
-    stopping = EarlyStopping("val", patience=100)
+    stopping = EarlyStopping("val", patience=100, strict=False)
     averaging = EMAWeightAveraging(decay=0.9, update_every_n_steps=2) if setup.ema else None
     manager = [CheckpointManager(job["run_dir"], **job["options"])] if job["run_dir"] else []
     accumulate = {"accumulate_grad_batches": setup.accumulate} if task.automatic_optimization else {}
