@@ -76,7 +76,8 @@ class Runner:
             "seed": seed,
         }
         ended = self._forge.run(self._script, job, log=self._folder / f"{name}.log")
-        return ended, read_result(result) if result.exists() else None
+        # A process that was killed may have left half of it.
+        return ended, read_result(result) if ended.exit_code == 0 else None
 
     def reference(self, setup: Setup) -> dict[str, Any]:
         """Return the result of the same training without a manager."""
