@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -116,7 +117,7 @@ class Checkpointer:
         self._storage_options = storage_options
         self._background = background
         self._saves_on_exception = save_on_exception
-        self._signal = StopSignal() if save_on_signal else None
+        self._signal = StopSignal([signal.SIGTERM] if save_on_signal else [])
         self._run: TrainingRun | None = None
         self._boundary: BoundaryCopy | None = None
         self._data: DataPosition | None = None
@@ -290,9 +291,9 @@ class Checkpointer:
             if self._step > self._last_saved_step:
                 if not (self._data and self._data.is_over):
                     self._warn_of_pending("leave the loop right after step()")
-                self._save("end of training")
-            self._end("preempted" if self._is_told_to_stop else "finished")
-            if self._is_told_to_stop:
+                self._save("signal" if self._signal.received else "end of training")
+            self._end("preempted" if self._signal.received else "finished")
+            if self._signal.received:
                 raise Preempted
 
     def __enter__(self) -> Self:
@@ -303,7 +304,9 @@ class Checkpointer:
     ) -> None:
         if self._run is None:
             return
-        if error is None:
+        # The signal that tells the job to stop ends the loader's workers too; between two steps nothing is lost by it.
+        has_lost_workers = self._data is not None and self._data.has_lost_workers and not self._data.is_pending
+        if error is None or (has_lost_workers and self._signal.received):
             self.close()
             return
         try:
@@ -335,8 +338,7 @@ class Checkpointer:
         self._run = run
         self._last_saved_step = self._step
         self._last_saved_at = time.monotonic()
-        if self._signal is not None:
-            self._signal.install()
+        self._signal.install()
         if self._saves_on_exception:
             optimizers = [value for value in self._state.values() if isinstance(value, torch.optim.Optimizer)]
             self._boundary = BoundaryCopy(optimizers)
@@ -359,12 +361,8 @@ class Checkpointer:
             seconds_since_save=time.monotonic() - self._last_saved_at,
             metrics=self._metrics,
             seen=self._open_run().seen,
-            signalled=self._is_told_to_stop,
+            signalled=self._signal.received is not None,
         )
-
-    @property
-    def _is_told_to_stop(self) -> bool:
-        return self._signal is not None and self._signal.received is not None
 
     def _save_at_epoch_end(self, epoch: int) -> None:
         if self._data is not None and self._data.is_pending:
@@ -437,8 +435,7 @@ class Checkpointer:
                 run.close(outcome, step=self._step, error=error)
         finally:
             # Last: a second signal must not end the process while the save that the first one asked for is written.
-            if self._signal is not None:
-                self._signal.uninstall()
+            self._signal.uninstall()
 
     def _open_run(self) -> TrainingRun:
         if self._run is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -19,12 +18,11 @@ _log = logging.getLogger("ckptmgr")
 class StopSignal:
     """Notices signals that ask the process to stop.
 
-    A handler that was there before is called as well, if it is a Python function.
+    A handler that was there before is called as well, if it is a Python function. Forked children inherit handlers: in
+    any process but the one that installed it, the signal does what it does by default.
 
-    Forked children inherit handlers. In them the signal does what it does by default, with one exception: schedulers
-    send it to every process of a job, and a data loader worker that dies of it would end the training before its next
-    step boundary. A worker lets the first one pass; the loader itself ends its workers without signals, and sends
-    further ones to those that hang.
+    Schedulers send the signal to every process of a job, so data loader workers die of it at once. torch raises an
+    error about that wherever the main process happens to be; once the signal has come, no longer.
 
     Args:
         signals: What to listen to.
@@ -34,12 +32,11 @@ class StopSignal:
         self._signals = tuple(signals)
         self._previous: dict[int, Any] = {}
         self._pid = 0
-        self._spared_pid = 0
         self.received: int | None = None
 
     def install(self) -> None:
         """Start to listen. Only the main thread can; elsewhere this says so and does nothing. Idempotent."""
-        if self._previous:
+        if self._previous or not self._signals:
             return
         if threading.current_thread() is not threading.main_thread():
             _log.warning("not on the main thread: a signal that ends this job will not be noticed, nothing saves on it")
@@ -58,18 +55,12 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            if _is_loader_worker() and self._spared_pid != os.getpid():
-                self._spared_pid = os.getpid()
-                return
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         self.received = number
+        # Not put back: the dead workers would be found while the process exits, and its exit code would tell of them.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         previous: Callable[[int, FrameType | None], Any] | int | None = self._previous.get(number)
         if callable(previous):
             previous(number, frame)
-
-
-def _is_loader_worker() -> bool:
-    data = sys.modules.get("torch.utils.data")
-    return data is not None and data.get_worker_info() is not None

@@ -69,6 +69,7 @@ class DataPosition(Iterator[Any]):
     Attributes:
         epoch: Epoch of the batch handed out last, from 0.
         batch: Batches handed out in this epoch.
+        has_lost_workers: Workers died, or failed, while a batch was fetched. The position is as it was before.
 
     Raises:
         UsageError: The loader can be iterated only once or not at all, or ``on_resume="skip"`` is impossible with it.
@@ -102,6 +103,7 @@ class DataPosition(Iterator[Any]):
         self.epoch = 0
         self.batch = 0
         self._stepped_at = (0, 0)
+        self.has_lost_workers = False
         self._is_exhausted = False
         self._is_over = False
         self._expects_end = False
@@ -157,6 +159,9 @@ class DataPosition(Iterator[Any]):
             except StopIteration:
                 self._end_epoch()
                 continue
+            except Exception:
+                self.has_lost_workers = getattr(self._loader, "num_workers", 0) > 0
+                raise
             if self._expects_end:
                 # A stateful loader that had rolled over to the next epoch by itself.
                 self.epoch, self.batch, self._expects_end = self.epoch + 1, 0, False
