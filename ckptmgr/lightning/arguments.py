@@ -25,6 +25,8 @@ _UNUSED = {
     "enable_version_counter": "nothing is ever overwritten",
 }
 
+_NAMES_IN_CHECKPOINTER = {"every_n_steps": "every_n_train_steps", "time_interval": "train_time_interval"}
+
 
 def warn_of_unused(run_dir: str | os.PathLike[str] | None, others: Mapping[str, Any]) -> str | os.PathLike[str] | None:
     """Return the run directory, which ModelCheckpoint calls ``dirpath``; warn of arguments that do nothing.
@@ -35,7 +37,9 @@ def warn_of_unused(run_dir: str | os.PathLike[str] | None, others: Mapping[str, 
     others = dict(others)
     dirpath = others.pop("dirpath", None)
     if unknown := sorted(others.keys() - _UNUSED.keys()):
-        raise TypeError(f"CheckpointManager() got an unexpected keyword argument {unknown[0]!r}")
+        meant = _NAMES_IN_CHECKPOINTER.get(unknown[0])
+        hint = f": with Lightning it is called {meant!r}" if meant else ""
+        raise TypeError(f"CheckpointManager() got an unexpected keyword argument {unknown[0]!r}{hint}")
     if dirpath is not None and run_dir is not None:
         raise UsageError(
             f"both run_dir={str(run_dir)!r} and dirpath={str(dirpath)!r} were given",
