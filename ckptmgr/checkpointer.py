@@ -56,7 +56,8 @@ class Checkpointer:
         triggers: Decides when to save, instead of the intervals above.
         retention: Decides what to keep, instead of the numbers above.
         resume: ``auto`` goes on where the run stopped, if it ever saved; ``must`` wants a checkpoint; ``never`` starts
-            from nothing; anything else names one: ``best``, a step, a tag, an id.
+            from nothing; anything else names one of this run: ``best``, a step, a tag, an id. For another run's, see
+            `restore`.
         storage_options: Passed to the storage. Never recorded.
         background: Write while training goes on. False makes each save wait until it is durable.
 
@@ -163,8 +164,8 @@ class Checkpointer:
         """Put a checkpoint's state into the live objects.
 
         A selector alone (``best``, ``1200``, a tag) means this run: training then continues from there on a new line,
-        and `batches` must be called anew. A full reference to another run restores the user's entries only: its
-        weights, not its history.
+        and `batches` must be called anew. That takes the run over from a process that trains in it. A full reference to
+        another run restores the user's entries only: its weights, not its history. It writes nothing, here or there.
 
         Returns:
             The checkpoint's step.
