@@ -40,7 +40,7 @@ with Checkpointer(run_dir, {"model": model}, every_n_steps=1000) as ckpt:
             model(torch.zeros(1, 1)).backward()
         ckpt.step(step)
         if step == 3 and place == "fetch":
-            ckpt._data._iterator._try_get_data = fetch
+            ckpt._data._iterator._next_data = fetch
 """
 
 
