@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -16,18 +17,26 @@ import torch
 
 from ckptmgr.boundary import BoundaryCopy
 from ckptmgr.errors import Preempted, UsageError
+from ckptmgr.launch.requested import requested_run
 from ckptmgr.loading import LoadedCheckpoint
-from ckptmgr.loop_state import RESERVED, SavedPosition, capture_loop, is_same_run, restore_loop, restore_objects
+from ckptmgr.loop_state import (
+    RESERVED,
+    SavedPosition,
+    capture_loop,
+    check_loop,
+    meant_reference,
+    restore_loop,
+    restore_objects,
+)
 from ckptmgr.policy.arguments import check_metrics, check_state, check_step
 from ckptmgr.policy.from_keywords import retention_from, trigger_from
 from ckptmgr.policy.retention import RetentionPolicy
 from ckptmgr.policy.triggers import Moment, Trigger
-from ckptmgr.preemption import StopSignal
+from ckptmgr.preemption import STOPPED, StopSignal
 from ckptmgr.run.catalog import Catalog
-from ckptmgr.run.reference import parse_reference
 from ckptmgr.state.capture import CapturedEntry, dry_check
 from ckptmgr.state.data_position import DataPosition
-from ckptmgr.training_run import Monitor, TrainingRun, requested_run
+from ckptmgr.training_run import Monitor, TrainingRun
 
 __all__ = ["Checkpointer"]
 
@@ -95,8 +104,7 @@ class Checkpointer:
         background: bool = True,
     ) -> None:
         self._state = check_state(state, reserved=RESERVED)
-        # Not optional here: "" is refused with a message.
-        chosen, self._resume = requested_run("" if run_dir is None else run_dir, resume)
+        chosen, self._resume = requested_run(run_dir or "", resume)  # not optional here: "" is refused with a message
         self._run_dir = str(chosen)
         self._trigger = trigger_from(
             every_n_steps=every_n_steps,
@@ -106,7 +114,7 @@ class Checkpointer:
             on_exception=save_on_exception,
             instead=triggers,
         )
-        self._retention = retention_from(
+        kept = retention_from(
             keep_last=keep_last,
             keep_best=save_top_k,
             keep_every_n_steps=keep_every_n_steps,
@@ -116,7 +124,15 @@ class Checkpointer:
         )
         self._monitor = None if monitor is None else Monitor(monitor, mode)
         self._storage_options = storage_options
-        self._background = background
+        self._open_run_dir = partial(
+            TrainingRun.open,
+            self._run_dir,
+            retention=kept,
+            monitor=self._monitor,
+            storage_options=storage_options,
+            background=background,
+            check=lambda loaded: check_loop(self._state, loaded),
+        )
         self._saves_on_exception = save_on_exception
         self._signal = StopSignal([signal.SIGTERM] if save_on_signal else [])
         self._run: TrainingRun | None = None
@@ -128,7 +144,6 @@ class Checkpointer:
         self._last_saved_step = 0
         self._last_saved_at = 0.0
         self._metrics: dict[str, float] = {}
-        self._has_warned = False
 
     @property
     def run_dir(self) -> str:
@@ -163,9 +178,9 @@ class Checkpointer:
     def restore(self, reference: str) -> int:
         """Put a checkpoint's state into the live objects.
 
-        A selector alone (``best``, ``1200``, a tag) means this run: training then continues from there on a new line,
-        and `batches` must be called anew. That takes the run over from a process that trains in it. A full reference to
-        another run restores the user's entries only: its weights, not its history. It writes nothing, here or there.
+        A selector alone (``best``, ``1200``, a tag) means this run. After `resume`, training then continues from there
+        on a new line, and `batches` must be called anew. Before `resume`, or with a reference to another run, only the
+        user's entries are restored; that writes nothing and disturbs no process that trains in the run.
 
         Returns:
             The checkpoint's step.
@@ -173,15 +188,13 @@ class Checkpointer:
         Raises:
             StateMismatchError, CheckpointNotFoundError, CorruptCheckpointError: As `resume`.
         """
-        is_selector = not any(mark in str(reference) for mark in "/@\\")
-        own = parse_reference(f"{self._run_dir}@{reference}" if is_selector else reference)
-        if not is_selector and not is_same_run(own.run_dir, self._run_dir, self._storage_options):
+        own, is_own = meant_reference(reference, self._run_dir, self._storage_options)
+        if self._run is None or not is_own:
             return restore_objects(self._state, own, self._storage_options)
-        if self._run is not None:
-            # Before the attempt is ended: what is not there must not cost the run.
-            self._run.wait()
-            Catalog(self._run.storage).resolve(own.selector)
-            self._end("preempted")
+        # Before the attempt is ended: what is not there must not cost the run.
+        self._run.wait()
+        Catalog(self._run.storage).resolve(own.selector)
+        self._end("preempted")
         self._data = self._postponed_epoch = None
         return self._open(own.selector)
 
@@ -258,6 +271,7 @@ class Checkpointer:
             self._boundary.keep(self._capture())
         if moment.signalled:
             self._end("preempted")
+            _log.warning(STOPPED, self._run_dir, step)
             raise Preempted
 
     def save(self, *, tags: Sequence[str] = (), metrics: Mapping[str, float | torch.Tensor] | None = None) -> None:
@@ -320,14 +334,7 @@ class Checkpointer:
     def _open(self, resume: str) -> int:
         # A state that could never be saved takes no run over, and creates none.
         dry_check(self._capture())
-        run = TrainingRun.open(
-            self._run_dir,
-            resume=resume,
-            retention=self._retention,
-            monitor=self._monitor,
-            storage_options=self._storage_options,
-            background=self._background,
-        )
+        run = self._open_run_dir(resume=resume)
         try:
             if run.continued is not None:
                 self._restore(run.continued)
@@ -401,14 +408,7 @@ class Checkpointer:
         )
         self._last_saved_step = self._step
         self._last_saved_at = time.monotonic()
-        self._warn_of_monitor(run)
-
-    def _warn_of_monitor(self, run: TrainingRun) -> None:
-        if self._monitor and not self._has_warned and self._monitor.metric not in {*run.seen, *self._metrics}:
-            self._has_warned = True
-            given = ", ".join(map(repr, sorted(self._metrics)[:8])) or "none"
-            what = "monitor=%r has no value at step %d: a checkpoint without one is never the best. Metrics given: %s"
-            _log.warning(what, self._monitor.metric, self._step, given)
+        run.tell_missing_monitor(self._metrics)
 
     def _save_after(self, error: BaseException) -> None:
         kind = type(error).__name__

@@ -8,8 +8,8 @@ from typing import Any
 
 from ckptmgr.errors import StateMismatchError
 from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
-from ckptmgr.run.reference import Reference
-from ckptmgr.state.capture import CapturedEntry, capture_state, restore_state
+from ckptmgr.run.reference import Reference, parse_reference
+from ckptmgr.state.capture import CapturedEntry, capture_state, check_state, restore_state
 from ckptmgr.state.data_position import DataPosition
 from ckptmgr.state.rng import capture_rng, restore_rng
 from ckptmgr.storage.open import open_storage
@@ -19,7 +19,8 @@ __all__ = [
     "RestoredLoop",
     "SavedPosition",
     "capture_loop",
-    "is_same_run",
+    "check_loop",
+    "meant_reference",
     "restore_loop",
     "restore_objects",
 ]
@@ -84,24 +85,38 @@ def capture_loop(
     return entries
 
 
+def check_loop(state: Mapping[str, object], loaded: LoadedCheckpoint) -> None:
+    """Compare a checkpoint with the user's objects. Changes nothing.
+
+    Raises:
+        StateMismatchError: It does not fit, or was not saved from a plain loop.
+    """
+    if not {_RNG, _PROGRESS} <= loaded.entries.keys():
+        raise StateMismatchError(
+            f"{loaded.reference} cannot be resumed here",
+            why="it was not saved by a Checkpointer",
+            next="train in a run directory of its own; restore(reference) gives it the weights of this one",
+        )
+    check_state(state, _of_user(loaded))
+
+
 def restore_loop(state: Mapping[str, object], loaded: LoadedCheckpoint) -> RestoredLoop:
     """Put a checkpoint into the user's objects and the RNG.
 
     Raises:
         StateMismatchError: It does not fit, or was not saved from a plain loop. Nothing was changed.
     """
-    own = {name: entry.tree for name, entry in loaded.entries.items() if name in (_RNG, _DATA, _PROGRESS)}
-    if not {_RNG, _PROGRESS} <= own.keys():
-        raise StateMismatchError(
-            f"{loaded.reference} cannot be resumed here",
-            why="it was not saved by a Checkpointer",
-            next="train in a run directory of its own; restore(reference) gives it the weights of this one",
-        )
-    restore_state(state, {name: entry for name, entry in loaded.entries.items() if name not in own})
-    rng = own[_RNG]
+    check_loop(state, loaded)
+    restore_state(state, _of_user(loaded))
+    own = loaded.entries
+    rng = own[_RNG].tree
     notes = restore_rng(rng)
-    position = SavedPosition(own[_DATA], rng) if _DATA in own else None
-    return RestoredLoop(loaded.manifest.step, dict(own[_PROGRESS]["metrics"]), position, notes)
+    position = SavedPosition(own[_DATA].tree, rng) if _DATA in own else None
+    return RestoredLoop(loaded.manifest.step, dict(own[_PROGRESS].tree["metrics"]), position, notes)
+
+
+def _of_user(loaded: LoadedCheckpoint) -> dict[str, CapturedEntry]:
+    return {name: entry for name, entry in loaded.entries.items() if name not in (_RNG, _DATA, _PROGRESS)}
 
 
 def restore_objects(
@@ -123,10 +138,18 @@ def restore_objects(
     return loaded.manifest.step
 
 
-def is_same_run(one: str, other: str, storage_options: Mapping[str, Any] | None) -> bool:
-    """Say whether two locations are one, however they were typed."""
-    urls = {open_storage(url, storage_options=_options_for(url, storage_options)).url for url in (one, other)}
-    return len(urls) == 1
+def meant_reference(text: str, run_dir: str, storage_options: Mapping[str, Any] | None) -> tuple[Reference, bool]:
+    """Read a reference that may be a selector alone; say whether it names a checkpoint of this run.
+
+    Raises:
+        UsageError: It cannot be meant as it was typed.
+    """
+    if not any(mark in str(text) for mark in "/@\\"):
+        return parse_reference(f"{run_dir}@{text}"), True
+    reference = parse_reference(text)
+    places = (reference.run_dir, run_dir)
+    urls = {open_storage(place, storage_options=_options_for(place, storage_options)).url for place in places}
+    return reference, len(urls) == 1
 
 
 def _options_for(run_dir: str, storage_options: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

@@ -10,9 +10,12 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
-__all__ = ["StopSignal"]
+__all__ = ["STOPPED", "StopSignal"]
 
 _log = logging.getLogger("ckptmgr")
+
+STOPPED = "%s: told to stop, and step %d is saved; start it again to go on"
+"""What a manager says, with run directory and step, before it raises `Preempted`."""
 
 
 class StopSignal:

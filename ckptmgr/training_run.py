@@ -10,7 +10,7 @@ import os
 import secrets
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from ckptmgr.run.commit import CheckpointFields, commit_checkpoint
 from ckptmgr.run.environment import recorded_versions
 from ckptmgr.run.lineage import claim_attempt, record_end, record_line, refuse_if_fenced
 from ckptmgr.run.prune import abandoned_tips, collect_temporary, collect_torn, delete_checkpoints
-from ckptmgr.run.reference import Reference, checked_tags, parse_reference
+from ckptmgr.run.reference import Reference, checked_tags
 from ckptmgr.state.capture import CapturedEntry, dry_check
 from ckptmgr.state.snapshot import SnapshotBuffers
 from ckptmgr.storage.open import open_storage
@@ -40,7 +40,7 @@ from ckptmgr.storage.protocol import Storage
 from ckptmgr.topology import refuse_several_ranks
 from ckptmgr.writer import BackgroundWriter
 
-__all__ = ["RUN_DIR_VARIABLE", "LoadedCheckpoint", "Monitor", "TrainingRun", "load_checkpoint", "requested_run"]
+__all__ = ["RUN_DIR_VARIABLE", "LoadedCheckpoint", "Monitor", "TrainingRun", "load_checkpoint"]
 
 _log = logging.getLogger("ckptmgr")
 
@@ -54,46 +54,6 @@ class Monitor:
 
     metric: str
     mode: Literal["min", "max"] = "min"
-
-
-def requested_run(run_dir: str | os.PathLike[str] | None, resume: str) -> tuple[str | None, str]:
-    """Return the run directory and the resume choice in force: ``ckptmgr resume`` overrides what the script says.
-
-    Raises:
-        UsageError: One of them cannot be meant as it was given.
-    """
-    if not isinstance(resume, str) or not resume:
-        raise UsageError(
-            f"resume={resume!r}",
-            why="it is 'auto', 'must', 'never', or names a checkpoint of the run: 'best', a step, a tag, an id",
-            next="a step is given as text too, such as resume='1200'",
-        )
-    if run_dir is not None:
-        run_dir = _checked_run_dir(run_dir)
-    override = os.environ.get(RUN_DIR_VARIABLE)
-    if override:
-        reference = parse_reference(override)
-        # A run that was killed before its first save has nothing to resume, and starts again.
-        return reference.run_dir, "auto" if reference.selector == "latest" else reference.selector
-    return run_dir, resume
-
-
-def _checked_run_dir(run_dir: object) -> str:
-    path = os.fspath(run_dir) if isinstance(run_dir, str | os.PathLike) else None
-    if not isinstance(path, str) or not path:
-        raise UsageError(
-            f"{run_dir!r} is no run directory",
-            why="it is a path or a URL, as text or as a pathlib.Path",
-            next="give one directory for each training run, such as 'runs/digits'",
-        )
-    reference = parse_reference(path)
-    if reference.run_dir != path:
-        raise UsageError(
-            f"{path!r} names a checkpoint, not a run directory",
-            why="what stands after the last @ chooses a checkpoint of a run",
-            next=f"give run_dir={reference.run_dir!r}, resume={reference.selector!r}, or a name without @",
-        )
-    return path
 
 
 class TrainingRun:
@@ -133,6 +93,7 @@ class TrainingRun:
         self.seen: dict[str, MetricSpan] = {}
         self._dropping: set[CheckpointId] = set()
         self._is_checked = False
+        self._has_told_monitor = False
         self._is_accepted = False
         self._is_closed = False
         self._has_waited = False
@@ -151,6 +112,7 @@ class TrainingRun:
         monitor: Monitor | None = None,
         storage_options: Mapping[str, Any] | None = None,
         background: bool = True,
+        check: Callable[[LoadedCheckpoint], None] = lambda loaded: None,
     ) -> TrainingRun:
         """Claim a run, creating it if need be, and load what it continues.
 
@@ -165,22 +127,28 @@ class TrainingRun:
             monitor: Recorded in each manifest, so that ``best`` means the same everywhere.
             storage_options: For the storage; never recorded.
             background: Whether saves are written while training goes on.
+            check: Raises if a checkpoint does not fit. Asked before the claim: who cannot use a run does not take it
+                away from the process that trains in it.
 
         Raises:
-            CheckpointNotFoundError: ``resume`` wants a checkpoint that is not there. Nothing was claimed.
-            FormatVersionError: The run was made by a newer format. Nothing was claimed.
-            TopologyError: The job has several ranks. Nothing was claimed.
+            CheckpointNotFoundError: ``resume`` wants a checkpoint that is not there.
+            FormatVersionError: The run was made by a newer format.
+            TopologyError: The job has several ranks.
             CorruptCheckpointError: There are checkpoints, and none of them is whole.
+            CkptmgrError: Whatever ``check`` raises. In all these cases nothing was claimed.
         """
         refuse_several_ranks()
         storage = open_storage(run_dir, storage_options=storage_options)
         run = cls(run_dir, storage, retention=retention, monitor=monitor, background=background)
         selector = "latest" if resume in ("auto", "must", "never") else resume
-        catalog = Catalog(storage)
+        catalog = before = Catalog(storage)
         if resume not in ("auto", "never"):
             Catalog.of_existing_run(storage).resolve(selector)
-        # A run that this process cannot use is not taken away from the one that can.
         run_id = catalog.run_id
+        wanted = Reference(run_dir, selector)
+        if resume != "never" and (catalog.on_line or resume != "auto"):
+            run.continued = choose_checkpoint(catalog, wanted, None)
+            check(run.continued)
         if not catalog.is_run:
             _create_marker(storage, run_id or secrets.token_hex(8))
         run._attempt = claim_attempt(storage, catalog.attempts).attempt
@@ -188,9 +156,10 @@ class TrainingRun:
         catalog = Catalog(storage)
         run._run_id = catalog.run_id or ""
         storage.write(attempt_key(run._attempt, "start"), [encode_record(describe_start(run_dir=run_dir))])
-        if resume != "never" and (catalog.on_line or resume != "auto"):
+        if resume != "never" and catalog.on_line != before.on_line:
             try:
-                run.continued = choose_checkpoint(catalog, Reference(run_dir, selector), None)
+                run.continued = None
+                run.continued = choose_checkpoint(catalog, wanted, None)
             except CkptmgrError as error:
                 run.abandon(error)
                 raise
@@ -301,6 +270,14 @@ class TrainingRun:
                 metrics={**known.metrics, **(metrics or {})},
                 tags=known.tags | set(tags),
             )
+
+    def tell_missing_monitor(self, metrics: Mapping[str, float]) -> None:
+        """Warn, once, that the monitored metric has no value, where a save knows all metrics of its step."""
+        if self.monitor and not self._has_told_monitor and self.monitor.metric not in {*self.seen, *metrics}:
+            self._has_told_monitor = True
+            given = ", ".join(map(repr, sorted(metrics)[:8])) or "none"
+            what = "monitor=%r has no value: a checkpoint without one is never the best. Metrics given: %s"
+            _log.warning(what, self.monitor.metric, given)
 
     def latest(self) -> CheckpointId | None:
         """Return the newest checkpoint on the line that this process knows to be durable."""

@@ -11,7 +11,9 @@ from typing import Any, Literal, Self
 import torch
 
 from ckptmgr.errors import CheckpointNotFoundError, Preempted, TopologyError, UsageError
+from ckptmgr.launch.requested import requested_run
 from ckptmgr.lightning.arguments import retention_of, warn_of_unused
+from ckptmgr.lightning.assemble import check_model
 from ckptmgr.lightning.bases import tree_for, with_lightning_base
 from ckptmgr.lightning.checkpoint_io import install_checkpoint_io
 from ckptmgr.lightning.compat import check_compatible, module_of
@@ -23,11 +25,11 @@ from ckptmgr.lightning.saving import Saver
 from ckptmgr.policy.from_keywords import trigger_from
 from ckptmgr.policy.retention import RetentionPolicy
 from ckptmgr.policy.triggers import AnyOf, OnException, OnSignal, Trigger
-from ckptmgr.preemption import StopSignal
+from ckptmgr.preemption import STOPPED, StopSignal
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.state.rng import capture_rng
 from ckptmgr.storage.open import open_storage
-from ckptmgr.training_run import Monitor, TrainingRun, requested_run
+from ckptmgr.training_run import Monitor, TrainingRun
 
 __all__ = ["CheckpointManager"]
 
@@ -342,6 +344,7 @@ class CheckpointManager:
         savers = [manager._saver for manager in managers if manager._saver is not None]
         is_clean = [saver.at_boundary(boundary, rng, told_to_stop=self.is_told_to_stop()) for saver in savers]
         if self.is_told_to_stop() and any(is_clean):
+            _log.warning(STOPPED, self._run_dir, self._trainer.global_step)
             raise Preempted
 
     def at_cut_validation(self) -> None:
@@ -368,6 +371,7 @@ class CheckpointManager:
             monitor=self._monitor,
             storage_options=self._storage_options,
             background=self._background,
+            check=lambda loaded: check_model(self._trainer.lightning_module, loaded),
         )
 
     def _end(self, trainer: Any, outcome: Literal["finished", "failed", "preempted"], error: str | None) -> None:

@@ -389,11 +389,11 @@ def test_a_state_that_cannot_be_saved_takes_no_run_over(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_resume_that_does_not_fit_is_recorded_as_failed(tmp_path: Path) -> None:
+def test_a_resume_that_does_not_fit_claims_nothing(tmp_path: Path) -> None:
     Training(tmp_path / "run").train()
     with pytest.raises(StateMismatchError):
         Checkpointer(tmp_path / "run", {"model": nn.Linear(1, 1)}).resume()
-    assert '"outcome":"failed"' in (tmp_path / "run/attempts/000002/end.json").read_text()
+    assert [path.name for path in (tmp_path / "run/attempts").iterdir()] == ["000001"]
 
 
 def test_own_triggers_do_not_keep_a_signal_from_saving(tmp_path: Path) -> None:
@@ -437,6 +437,24 @@ def test_restoring_what_is_not_there_does_not_cost_the_run(tmp_path: Path) -> No
             ckpt.restore("7")
         ckpt.step(2)
     assert steps(tmp_path / "run") == [1, 2]
+
+
+def test_looking_at_a_run_disturbs_nobody_who_trains_in_it(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run", every_n_steps=1)
+    with training.ckpt as ckpt:
+        ckpt.resume()
+        ckpt.step(1)
+        ckpt.wait()
+        onlooker = Training(tmp_path / "run")
+        assert onlooker.ckpt.restore("latest") == 1
+        misfit = Checkpointer(tmp_path / "run", {"model": nn.Linear(7, 7)})
+        with pytest.raises(StateMismatchError):
+            misfit.restore("latest")
+        with pytest.raises(StateMismatchError):
+            misfit.resume()
+        ckpt.step(2)
+    assert steps(tmp_path / "run") == [1, 2]
+    assert [path.name for path in (tmp_path / "run/attempts").iterdir()] == ["000001"]
 
 
 def test_the_own_run_by_another_spelling_is_the_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from ckptmgr.errors import (
 from ckptmgr.format.layout import CheckpointId
 from ckptmgr.format.manifest import RunMarker
 from ckptmgr.format.record import encode_record
+from ckptmgr.launch.requested import requested_run
 from ckptmgr.policy.retention import KeepAll, KeepBest, KeepLast, KeepTagged, RetentionPolicy, Union
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.state.capture import capture_state
@@ -215,7 +216,7 @@ def test_a_run_that_was_killed_before_its_first_save_starts_again(
 ) -> None:
     open_run(tmp_path)
     monkeypatch.setenv(training_run.RUN_DIR_VARIABLE, str(tmp_path))
-    run_dir, resume = training_run.requested_run("elsewhere", "auto")
+    run_dir, resume = requested_run("elsewhere", "auto")
     assert (run_dir, resume) == (str(tmp_path), "auto")
     assert open_run(tmp_path, resume=resume).continued is None
 
@@ -325,13 +326,13 @@ def test_a_forked_child_neither_saves_nor_ends_its_parents_attempt(tmp_path: Pat
 @pytest.mark.parametrize("run_dir", [5, "", "runs/x@best", b"runs/x"], ids=repr)
 def test_a_run_directory_that_cannot_be_meant_is_refused(run_dir: object) -> None:
     with pytest.raises(UsageError):
-        training_run.requested_run(run_dir, "auto")  # type: ignore[arg-type]
+        requested_run(run_dir, "auto")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("resume", [None, 5, True, ""], ids=repr)
 def test_a_resume_that_cannot_be_meant_is_refused(resume: object) -> None:
     with pytest.raises(UsageError, match="resume="):
-        training_run.requested_run("runs/x", resume)  # type: ignore[arg-type]
+        requested_run("runs/x", resume)  # type: ignore[arg-type]
 
 
 def test_a_storage_that_fails_does_not_send_training_back(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

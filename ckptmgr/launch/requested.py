@@ -1,0 +1,51 @@
+"""Which run a manager goes on in: what the script says, unless ``ckptmgr resume`` says otherwise."""
+
+from __future__ import annotations
+
+import os
+
+from ckptmgr.errors import UsageError
+from ckptmgr.launch.relaunch import RUN_DIR_VARIABLE
+from ckptmgr.run.reference import parse_reference
+
+__all__ = ["requested_run"]
+
+
+def requested_run(run_dir: str | os.PathLike[str] | None, resume: str) -> tuple[str | None, str]:
+    """Return the run directory and the resume choice in force: ``ckptmgr resume`` overrides what the script says.
+
+    Raises:
+        UsageError: One of them cannot be meant as it was given.
+    """
+    if not isinstance(resume, str) or not resume:
+        raise UsageError(
+            f"resume={resume!r}",
+            why="it is 'auto', 'must', 'never', or names a checkpoint of the run: 'best', a step, a tag, an id",
+            next="a step is given as text too, such as resume='1200'",
+        )
+    if run_dir is not None:
+        run_dir = _checked_run_dir(run_dir)
+    override = os.environ.get(RUN_DIR_VARIABLE)
+    if override:
+        reference = parse_reference(override)
+        # A run that was killed before its first save has nothing to resume, and starts again.
+        return reference.run_dir, "auto" if reference.selector == "latest" else reference.selector
+    return run_dir, resume
+
+
+def _checked_run_dir(run_dir: object) -> str:
+    path = os.fspath(run_dir) if isinstance(run_dir, str | os.PathLike) else None
+    if not isinstance(path, str) or not path:
+        raise UsageError(
+            f"{run_dir!r} is no run directory",
+            why="it is a path or a URL, as text or as a pathlib.Path",
+            next="give one directory for each training run, such as 'runs/digits'",
+        )
+    reference = parse_reference(path)
+    if reference.run_dir != path:
+        raise UsageError(
+            f"{path!r} names a checkpoint, not a run directory",
+            why="what stands after the last @ chooses a checkpoint of a run",
+            next=f"give run_dir={reference.run_dir!r}, resume={reference.selector!r}, or a name without @",
+        )
+    return path
