@@ -31,7 +31,7 @@ from ckptmgr.run.clock import utc_now
 from ckptmgr.run.commit import CheckpointFields, commit_checkpoint
 from ckptmgr.run.environment import recorded_versions
 from ckptmgr.run.lineage import claim_attempt, record_end, record_line, refuse_if_fenced
-from ckptmgr.run.prune import abandoned_tips, collect_temporary, collect_torn, delete_checkpoints
+from ckptmgr.run.prune import collect_temporary, collect_torn, delete_checkpoints
 from ckptmgr.run.reference import Reference, checked_tags
 from ckptmgr.state.capture import CapturedEntry, dry_check
 from ckptmgr.state.snapshot import SnapshotBuffers
@@ -390,13 +390,8 @@ class TrainingRun:
             if catalog.line.head != self._attempt:
                 _log.warning("nothing old is deleted: the line of attempt %d cannot be read", self._attempt)
                 return
-            tips = abandoned_tips(catalog)
-            beside = {
-                id
-                for id in catalog.committed
-                if not (catalog.line.holds(id) or id in tips or catalog.why_not_intact(id) or catalog.facts(id).tags)
-            }
-            delete_checkpoints(catalog, drop | beside)
+            # Checkpoints beside the line stay: who went back by mistake, or started anew, finds all of them again.
+            delete_checkpoints(catalog, drop)
             collect_torn(catalog, self._attempt)
             collect_temporary(catalog, self._attempt)
         except CkptmgrError as error:

@@ -378,8 +378,6 @@ class CheckpointManager:
         saver, self._saver = self._saver, None
         resumption, self._resumption = self._resumption, None
         run = None
-        if self._signal is not None:
-            self._signal.uninstall()
         if saver is not None:
             saver.close()
         if resumption is not None:
@@ -387,9 +385,14 @@ class CheckpointManager:
             run = resumption.run
             if resumption.leads and self._hooks is not None:
                 self._hooks.uninstall()
-        if run is not None:
-            self._past = run
-            run.close(outcome, step=trainer.global_step, error=error)
+        try:
+            if run is not None:
+                self._past = run
+                run.close(outcome, step=trainer.global_step, error=error)
+        finally:
+            # Last: a second signal must not end the process while the save that the first one asked for is written.
+            if self._signal is not None:
+                self._signal.uninstall()
 
     def _settle_run_dir(self, trainer: Any, *, fresh: bool) -> None:
         if self._run_dir is None and (fresh or job_name(os.environ) is not None):

@@ -10,7 +10,7 @@ from ckptmgr.format.manifest import Manifest
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.storage.protocol import HoldsTemporary
 
-__all__ = ["abandoned_tips", "collect_temporary", "collect_torn", "delete_checkpoints"]
+__all__ = ["collect_temporary", "collect_torn", "delete_checkpoints"]
 
 
 def delete_checkpoints(catalog: Catalog, drop: Iterable[CheckpointId]) -> None:
@@ -65,18 +65,6 @@ def collect_temporary(catalog: Catalog, attempt: int) -> None:
         number = 0 if owner is None else owner[0].attempt if isinstance(owner[0], CheckpointId) else owner[0]
         if number <= attempt:
             catalog.storage.delete_temporary(entry.key)
-
-
-def abandoned_tips(catalog: Catalog) -> dict[CheckpointId, str]:
-    """Return the newest checkpoint of each attempt that lies beside the line, with the reason to keep it.
-
-    Somebody who went back to an older step by mistake finds the abandoned end of the line again.
-    """
-    tips: dict[int, CheckpointId] = {}
-    for checkpoint in catalog.committed:
-        if not catalog.line.holds(checkpoint):
-            tips[checkpoint.attempt] = max(checkpoint, tips.get(checkpoint.attempt, checkpoint))
-    return {tip: f"newest of attempt {attempt}, which was abandoned" for attempt, tip in tips.items()}
 
 
 def _readable(catalog: Catalog, checkpoints: Iterable[CheckpointId]) -> list[Manifest]:

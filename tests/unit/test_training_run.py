@@ -80,12 +80,16 @@ def test_a_run_that_must_be_there_and_is_not_is_not_created(tmp_path: Path, resu
     assert not (tmp_path / "other").exists()
 
 
-def test_going_back_to_an_older_step_leaves_the_abandoned_end_to_be_found(root: Path) -> None:
-    run = open_run(root, resume="10", retention=KeepLast(1))
+@pytest.mark.parametrize(("resume", "on_line"), [("10", [11]), ("never", [11])])
+def test_going_back_or_starting_anew_deletes_nothing_of_the_line_that_was_left(
+    root: Path, resume: str, on_line: list[int]
+) -> None:
+    run = open_run(root, resume=resume, retention=KeepLast(1))
     save(run, 11)
     run.close("finished")
     catalog = Catalog(LocalStorage(root))
-    assert [id.step for id in catalog.on_line] == [11]
+    assert [id.step for id in catalog.on_line] == on_line
+    assert {20, 30} <= {id.step for id in catalog.committed}
     assert catalog.resolve("0000000030-000001-000002").step == 30
 
 
