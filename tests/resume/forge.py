@@ -7,6 +7,7 @@ is like a fresh one. `Forge` is the client's side.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import multiprocessing
@@ -94,6 +95,9 @@ def _serve() -> None:
 
     torch.set_num_threads(1)
     assert threading.active_count() == 1, "a fork would lose these threads"
+    # What the collector does not look at is not copied by the forked processes.
+    gc.collect()
+    gc.freeze()
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     fork = multiprocessing.get_context("fork")
