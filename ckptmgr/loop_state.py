@@ -91,13 +91,17 @@ def check_loop(state: Mapping[str, object], loaded: LoadedCheckpoint) -> None:
     Raises:
         StateMismatchError: It does not fit, or was not saved from a plain loop.
     """
+    _refuse_other_savers(loaded)
+    check_state(state, _of_user(loaded))
+
+
+def _refuse_other_savers(loaded: LoadedCheckpoint) -> None:
     if not {_RNG, _PROGRESS} <= loaded.entries.keys():
         raise StateMismatchError(
             f"{loaded.reference} cannot be resumed here",
             why="it was not saved by a Checkpointer",
             next="train in a run directory of its own; restore(reference) gives it the weights of this one",
         )
-    check_state(state, _of_user(loaded))
 
 
 def restore_loop(state: Mapping[str, object], loaded: LoadedCheckpoint) -> RestoredLoop:
@@ -106,7 +110,7 @@ def restore_loop(state: Mapping[str, object], loaded: LoadedCheckpoint) -> Resto
     Raises:
         StateMismatchError: It does not fit, or was not saved from a plain loop. Nothing was changed.
     """
-    check_loop(state, loaded)
+    _refuse_other_savers(loaded)
     restore_state(state, _of_user(loaded))
     own = loaded.entries
     rng = own[_RNG].tree

@@ -24,7 +24,7 @@ from ckptmgr.lightning.run_directory import absolute, default_run_dir, job_name
 from ckptmgr.lightning.saving import Saver
 from ckptmgr.policy.from_keywords import trigger_from
 from ckptmgr.policy.retention import RetentionPolicy
-from ckptmgr.policy.triggers import AnyOf, OnException, OnSignal, Trigger
+from ckptmgr.policy.triggers import Trigger
 from ckptmgr.preemption import STOPPED, StopSignal
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.state.rng import capture_rng
@@ -107,15 +107,14 @@ class CheckpointManager:
         run_dir = warn_of_unused(run_dir, others)
         chosen, self._resume = requested_run(run_dir, resume)
         self._run_dir = None if chosen is None else absolute(chosen)
-        intervals = trigger_from(
+        self._trigger = trigger_from(
             every_n_steps=every_n_train_steps,
             every_n_epochs=every_n_epochs,
             time_interval=train_time_interval,
             on_signal=save_on_signal,
             on_exception=save_on_exception,
+            instead=triggers,
         )
-        always: list[Trigger] = [OnSignal()] * save_on_signal + [OnException()] * save_on_exception
-        self._trigger = intervals if triggers is None else AnyOf(*always, triggers)
         self._retention = retention or retention_of(
             keep_last=keep_last,
             save_top_k=save_top_k,

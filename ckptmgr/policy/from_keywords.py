@@ -43,17 +43,17 @@ def trigger_from(
         chosen.append(OnSignal())
     if on_exception:
         chosen.append(OnException())
+    # Made in any case: an interval that cannot be meant is refused also where it would not be used.
+    intervals: list[Trigger] = []
+    if every_n_steps is not None:
+        intervals.append(EverySteps(every_n_steps))
+    if every_n_epochs is not None:
+        intervals.append(EveryEpochs(every_n_epochs))
+    if time_interval is not None:
+        intervals.append(EverySeconds(time_interval))
     if instead is not None:
         return AnyOf(*chosen, instead)
-    if every_n_steps is not None:
-        chosen.append(EverySteps(every_n_steps))
-    if every_n_epochs is not None:
-        chosen.append(EveryEpochs(every_n_epochs))
-    if time_interval is not None:
-        chosen.append(EverySeconds(time_interval))
-    if every_n_steps is None and every_n_epochs is None and time_interval is None:
-        chosen += [EveryEpochs(1), EverySeconds(DEFAULT_SECONDS)]
-    return AnyOf(*chosen)
+    return AnyOf(*chosen, *(intervals or [EveryEpochs(1), EverySeconds(DEFAULT_SECONDS)]))
 
 
 def retention_from(

@@ -16,7 +16,7 @@ from lightning_samples import Broken, Model, Numbered, differences, fingerprint,
 from lightning_utilities.core.rank_zero import log as lightning_log
 from torch.utils.data import DataLoader
 
-from ckptmgr import OnImprovement
+from ckptmgr import EverySteps, OnImprovement
 from ckptmgr.errors import (
     IncompatibleLightningError,
     StateMismatchError,
@@ -434,3 +434,8 @@ def test_nothing_of_ours_stays_on_the_trainer(tmp_path: Path) -> None:
     for owner in (trainer.fit_loop, trainer.fit_loop.epoch_loop, trainer._checkpoint_connector):
         assert not [name for name, value in vars(owner).items() if callable(value) and "patched" in repr(value)]
         assert "resume_start" not in vars(owner)
+
+
+def test_an_interval_that_cannot_be_meant_is_refused_beside_triggers_too(tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        CheckpointManager(tmp_path / "run", every_n_train_steps=-5, triggers=EverySteps(2))
