@@ -10,10 +10,12 @@ from typing import ClassVar
 __all__ = [
     "CheckpointNotFoundError",
     "CkptmgrError",
+    "ConfigError",
     "CorruptCheckpointError",
     "Fenced",
     "FormatVersionError",
     "IncompatibleLightningError",
+    "NotAllowedError",
     "Preempted",
     "ResumeRefusedError",
     "RunNotFoundError",
@@ -73,6 +75,19 @@ class UsageError(CkptmgrError, ValueError):
     """An argument, option or reference that cannot be meant as it was typed."""
 
     code = "usage"
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A configuration that cannot be meant as it was written. Names the key, and the file where there is one."""
+
+    code = "config"
+
+
+class NotAllowedError(CkptmgrError):
+    """A configuration names code that nobody has allowed. Nothing was imported."""
+
+    code = "not-allowed"
     exit_code = 2
 
 

@@ -14,14 +14,15 @@ PACKAGE = Path(ckptmgr.__file__).parent
 
 FLOORS = [
     {"errors"},
-    {"format"},
+    {"format", "progress"},
     {"policy", "storage"},
     {"run"},
     {"state", "launch"},
-    {"writer", "boundary", "preemption", "loading", "topology"},
+    {"writer", "boundary", "preemption", "loading", "topology", "config", "instantiate", "fork"},
     {"training_run", "loop_state"},
     {"checkpointer"},
-    {"lightning", "experiment"},
+    {"lightning"},
+    {"experiment"},
     {"cli"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -38,6 +39,9 @@ ALLOWED = {
     "launch": {"msgspec"},
     "writer": set(),
     "preemption": set(),
+    "progress": {"rich"},
+    "config": {"omegaconf", "yaml"},
+    "instantiate": set(),
 }
 
 
