@@ -20,6 +20,7 @@ from ckptmgr.format.layout import MAX_STEP, RUN_MARKER, CheckpointId, attempt_ke
 from ckptmgr.format.manifest import Continuation, EntryRecord, Manifest, Note, Outcome, RunMarker, metric_to_value
 from ckptmgr.format.payload import FilePayload
 from ckptmgr.format.record import FORMAT_VERSION, encode_record
+from ckptmgr.launch.experiment import current_experiment
 from ckptmgr.launch.redact import redact_text, secret_values
 from ckptmgr.launch.relaunch import RUN_DIR_VARIABLE
 from ckptmgr.launch.start_record import describe_start
@@ -155,7 +156,7 @@ class TrainingRun:
         # Listed again: what was committed before the claim, and only that, can be chosen.
         catalog = Catalog(storage)
         run._run_id = catalog.run_id or ""
-        storage.write(attempt_key(run._attempt, "start"), [encode_record(describe_start(run_dir=run_dir))])
+        _record_start(storage, run._attempt, run_dir)
         if resume != "never" and catalog.on_line != before.on_line:
             try:
                 run.continued = None
@@ -401,6 +402,15 @@ class TrainingRun:
         for checkpoint in drop:
             self._facts.pop(checkpoint, None)
             self._known.pop(checkpoint, None)
+
+
+def _record_start(storage: Storage, attempt: int, run_dir: str) -> None:
+    experiment = current_experiment()
+    if experiment is not None:
+        # Before the record that holds their digests.
+        storage.write(attempt_key(attempt, "config"), [experiment.config.encode()])
+        storage.write(attempt_key(attempt, "resolved"), [experiment.resolved.encode()])
+    storage.write(attempt_key(attempt, "start"), [encode_record(describe_start(run_dir=run_dir))])
 
 
 def _tell_unclosed(run_dir: str, pid: int) -> None:

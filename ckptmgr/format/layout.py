@@ -29,7 +29,10 @@ MAX_STEP = 9_999_999_999
 
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 _ID = re.compile(r"(\d{10})-(\d{6})-(\d{6})", re.ASCII)
-_ATTEMPT_KEY = re.compile(r"attempts/(\d{6})/(claim|line|start|end)\.json", re.ASCII)
+_ATTEMPT_KEY = re.compile(
+    r"attempts/(\d{6})/(?:(claim|line|start|end|loggers)\.json|(config|resolved)\.yaml)", re.ASCII
+)
+_YAML = ("config", "resolved")
 _STEM = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}", re.ASCII)
 
 
@@ -84,14 +87,17 @@ def check_key(key: str) -> str:
 
 
 def attempt_key(attempt: int, record: str) -> str:
-    """Return the key of one of an attempt's records: ``claim``, ``line``, ``start`` or ``end``."""
-    return f"{ATTEMPTS}{attempt:06d}/{record}.json"
+    """Return the key of one of an attempt's documents.
+
+    Records are ``claim``, ``line``, ``start``, ``end`` and ``loggers``; ``config`` and ``resolved`` are YAML.
+    """
+    return f"{ATTEMPTS}{attempt:06d}/{record}.{'yaml' if record in _YAML else 'json'}"
 
 
 def parse_attempt_key(key: str) -> tuple[int, str] | None:
-    """Return the attempt number and the record's name, or None for a key that is no attempt's record."""
+    """Return the attempt number and the document's name, or None for a key that is no attempt's document."""
     match = _ATTEMPT_KEY.fullmatch(key)
-    return (int(match.group(1)), match.group(2)) if match else None
+    return (int(match.group(1)), match.group(2) or match.group(3)) if match else None
 
 
 def manifest_key(checkpoint: CheckpointId) -> str:

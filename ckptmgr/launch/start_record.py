@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from ckptmgr.format.record import FORMAT_VERSION
+from ckptmgr.launch.experiment import ExperimentRecord, current_experiment
 from ckptmgr.launch.git import GitState, read_git_state
 from ckptmgr.launch.invocation import Invocation, Kind, current_invocation, torchrun_options
 from ckptmgr.launch.project import find_project_root, path_in_project
@@ -62,6 +63,7 @@ class StartRecord(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True)
         executable: The interpreter. Never used to start anything.
         versions: Of Python and of the packages that matter.
         topology: Variables that launchers set: ranks, job numbers.
+        experiment: The configuration that this start was built from, if there is one.
     """
 
     version: int
@@ -86,6 +88,7 @@ class StartRecord(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True)
     platform: str
     cpu_count: int | None = None
     topology: dict[str, str] = {}
+    experiment: ExperimentRecord | None = None
 
     @property
     def argv(self) -> tuple[str, ...]:
@@ -114,6 +117,7 @@ def describe_start(*, run_dir: str | None = None) -> StartRecord:
     script = _main_script(invocation)
     cwd = _starting_directory(invocation, script)
     root = find_project_root(script.parent if script and invocation.kind == "script" else cwd)
+    experiment = current_experiment()
     return StartRecord(
         version=FORMAT_VERSION,
         started_at=utc_now(),
@@ -137,6 +141,7 @@ def describe_start(*, run_dir: str | None = None) -> StartRecord:
         platform=platform.platform(),
         cpu_count=_cpu_count(),
         topology=_topology(os.environ),
+        experiment=None if experiment is None else experiment.record,
     )
 
 
