@@ -12,6 +12,7 @@ import torch
 
 from ckptmgr.errors import CheckpointNotFoundError, Preempted, TopologyError, UsageError
 from ckptmgr.launch.requested import requested_run
+from ckptmgr.launch.run_directory import absolute, default_run_dir, job_name
 from ckptmgr.lightning.arguments import retention_of, warn_of_unused
 from ckptmgr.lightning.assemble import check_model
 from ckptmgr.lightning.bases import tree_for, with_lightning_base
@@ -20,7 +21,6 @@ from ckptmgr.lightning.compat import check_compatible, module_of
 from ckptmgr.lightning.filesystem import url_of
 from ckptmgr.lightning.loops import Boundary, LoopHooks
 from ckptmgr.lightning.resume import Resume
-from ckptmgr.lightning.run_directory import absolute, default_run_dir, job_name
 from ckptmgr.lightning.saving import Saver
 from ckptmgr.policy.from_keywords import trigger_from
 from ckptmgr.policy.retention import RetentionPolicy

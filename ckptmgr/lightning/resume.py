@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ckptmgr.errors import CheckpointNotFoundError, UsageError
+from ckptmgr.launch.run_directory import absolute
 from ckptmgr.lightning.assemble import (
     DATA,
     RNG,
@@ -18,7 +19,6 @@ from ckptmgr.lightning.assemble import (
 from ckptmgr.lightning.compat import module_of, tree_of
 from ckptmgr.lightning.filesystem import own_reference, url_of
 from ckptmgr.lightning.loops import LoopHooks
-from ckptmgr.lightning.run_directory import absolute
 from ckptmgr.lightning.trainer_metrics import restore_metrics
 from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
 from ckptmgr.run.catalog import Catalog

@@ -24,8 +24,8 @@ from ckptmgr.errors import (
     UnsupportedStateError,
     UsageError,
 )
+from ckptmgr.launch.run_directory import job_name
 from ckptmgr.lightning import CheckpointManager, compat
-from ckptmgr.lightning.run_directory import job_name
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.storage.open import open_storage
 

@@ -1,4 +1,4 @@
-"""Which run directory a manager without one uses."""
+"""Which run directory is used where none was given."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ def absolute(run_dir: str) -> str:
     return run_dir if "://" in run_dir else os.path.abspath(os.path.expanduser(run_dir))  # noqa: PTH100, PTH111
 
 
-def default_run_dir(root: str, environment: Mapping[str, str] | None = None) -> str:
+def default_run_dir(root: str, environment: Mapping[str, str] | None = None, *, name: str | None = None) -> str:
     """Return a fresh directory below ``<root>/runs``, or that of the job if the launcher says that this is one.
 
     Args:
         root: Path or URL: the Trainer's ``default_root_dir``.
         environment: By default that of this process.
+        name: The experiment's, put in front.
     """
     environment = os.environ if environment is None else environment
-    name = job_name(environment)
-    if name is None:
-        name = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
-    return absolute(f"{root.rstrip('/')}/runs/{name}")
+    job = job_name(environment)
+    if job is None:
+        job = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+    return absolute(f"{root.rstrip('/')}/runs/{f'{name}-' if name else ''}{job}")
 
 
 def job_name(environment: Mapping[str, str]) -> str | None:
