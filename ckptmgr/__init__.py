@@ -22,9 +22,19 @@ if TYPE_CHECKING:
         UsageError,
     )
     from ckptmgr.lightning import CheckpointManager
-    from ckptmgr.policy.retention import KeepAll, KeepBest, KeepEverySteps, KeepLast, KeepTagged, Union
+    from ckptmgr.policy.budget import Budget
+    from ckptmgr.policy.intervals import AnyOf
+    from ckptmgr.policy.retention import (
+        KeepAll,
+        KeepBest,
+        KeepEveryEpochs,
+        KeepEverySteps,
+        KeepLast,
+        KeepTagged,
+        KeepWithin,
+        Union,
+    )
     from ckptmgr.policy.triggers import (
-        AnyOf,
         EveryEpochs,
         EverySeconds,
         EverySteps,
@@ -51,9 +61,19 @@ _HOMES = {
         "UsageError",
     ],
     "ckptmgr.lightning": ["CheckpointManager"],
-    "ckptmgr.policy.retention": ["KeepAll", "KeepBest", "KeepEverySteps", "KeepLast", "KeepTagged", "Union"],
+    "ckptmgr.policy.budget": ["Budget"],
+    "ckptmgr.policy.intervals": ["AnyOf"],
+    "ckptmgr.policy.retention": [
+        "KeepAll",
+        "KeepBest",
+        "KeepEveryEpochs",
+        "KeepEverySteps",
+        "KeepLast",
+        "KeepTagged",
+        "KeepWithin",
+        "Union",
+    ],
     "ckptmgr.policy.triggers": [
-        "AnyOf",
         "EveryEpochs",
         "EverySeconds",
         "EverySteps",
@@ -68,6 +88,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AnyOf",
+    "Budget",
     "CheckpointManager",
     "CheckpointNotFoundError",
     "Checkpointer",
@@ -79,9 +100,11 @@ __all__ = [
     "Fenced",
     "KeepAll",
     "KeepBest",
+    "KeepEveryEpochs",
     "KeepEverySteps",
     "KeepLast",
     "KeepTagged",
+    "KeepWithin",
     "OnException",
     "OnImprovement",
     "OnSignal",

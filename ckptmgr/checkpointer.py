@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
@@ -25,15 +23,17 @@ from ckptmgr.loop_state import (
     capture_loop,
     check_loop,
     meant_reference,
+    position_in,
     restore_loop,
     restore_objects,
 )
-from ckptmgr.policy.arguments import check_metrics, check_state, check_step
+from ckptmgr.policy.arguments import check_metrics, check_state, check_step, check_switch
 from ckptmgr.policy.from_keywords import retention_from, trigger_from
+from ckptmgr.policy.intervals import Triggers
 from ckptmgr.policy.retention import RetentionPolicy
-from ckptmgr.policy.triggers import Moment, Trigger
-from ckptmgr.preemption import STOPPED, StopSignal
+from ckptmgr.preemption import STOPPED, StopSignal, is_wanted_end
 from ckptmgr.run.catalog import Catalog
+from ckptmgr.schedule import Schedule
 from ckptmgr.state.capture import CapturedEntry, dry_check
 from ckptmgr.state.data_position import DataPosition
 from ckptmgr.training_run import Monitor, TrainingRun
@@ -54,16 +54,17 @@ class Checkpointer:
         every_n_steps: Save whenever this many steps have passed.
         every_n_epochs: Save at the end of every n-th epoch of `batches`.
         time_interval: Save when the last save is this old. In seconds, or a `timedelta`.
+        every: Intervals as text, besides those above: ``"500ba"`` (steps), ``"1ep"``, ``"10min"``, or a list of them.
         monitor: Name of the metric, as given to `step`, that says which checkpoint is best.
         mode: Whether a smaller (``min``) or a larger (``max``) value is better.
         keep_last: How many of the newest checkpoints to keep.
-        save_top_k: How many of the best to keep besides, with ``monitor``.
+        save_top_k: How many of the best to keep besides, with ``monitor``. 0: none; -1: keep every checkpoint.
         keep_every_n_steps: Keep forever the checkpoints that are the first at or after each multiple of this.
         save_on_signal: Save and exit with code 75 at the next step after SIGTERM.
         save_on_exception: Save the last completed step when an exception leaves the ``with`` block. Costs a copy of
             buffers, RNG and counters at each step.
-        triggers: Decides when to save, instead of the intervals above.
-        retention: Decides what to keep, instead of the numbers above.
+        triggers: Decides when to save, instead of the intervals above: a trigger, an interval as text, or a list.
+        retention: Decides what to keep, instead of the numbers above: a policy, or a list of them.
         resume: ``auto`` goes on where the run stopped, if it ever saved; ``must`` wants a checkpoint; ``never`` starts
             from nothing; anything else names one of this run: ``best``, a step, a tag, an id. For another run's, see
             `restore`.
@@ -90,6 +91,7 @@ class Checkpointer:
         every_n_steps: int | None = None,
         every_n_epochs: int | None = None,
         time_interval: timedelta | float | None = None,
+        every: str | Sequence[str] | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
         keep_last: int = 3,
@@ -97,8 +99,8 @@ class Checkpointer:
         keep_every_n_steps: int | None = None,
         save_on_signal: bool = True,
         save_on_exception: bool = False,
-        triggers: Trigger | None = None,
-        retention: RetentionPolicy | None = None,
+        triggers: Triggers | None = None,
+        retention: RetentionPolicy | Sequence[RetentionPolicy] | None = None,
         resume: str = "auto",
         storage_options: Mapping[str, Any] | None = None,
         background: bool = True,
@@ -106,7 +108,8 @@ class Checkpointer:
         self._state = check_state(state, reserved=RESERVED)
         chosen, self._resume = requested_run(run_dir or "", resume)  # not optional here: "" is refused with a message
         self._run_dir = str(chosen)
-        self._trigger = trigger_from(
+        trigger = trigger_from(
+            every=every,
             every_n_steps=every_n_steps,
             every_n_epochs=every_n_epochs,
             time_interval=time_interval,
@@ -116,7 +119,7 @@ class Checkpointer:
         )
         kept = retention_from(
             keep_last=keep_last,
-            keep_best=save_top_k,
+            save_top_k=save_top_k,
             keep_every_n_steps=keep_every_n_steps,
             monitor=monitor,
             mode=mode,
@@ -130,7 +133,7 @@ class Checkpointer:
             retention=kept,
             monitor=self._monitor,
             storage_options=storage_options,
-            background=background,
+            background=check_switch(background, of="background"),
             check=lambda loaded: check_loop(self._state, loaded),
         )
         self._saves_on_exception = save_on_exception
@@ -139,10 +142,8 @@ class Checkpointer:
         self._boundary: BoundaryCopy | None = None
         self._data: DataPosition | None = None
         self._position: SavedPosition | None = None
-        self._postponed_epoch: int | None = None
+        self._schedule = Schedule(trigger)
         self._step = 0
-        self._last_saved_step = 0
-        self._last_saved_at = 0.0
         self._metrics: dict[str, float] = {}
 
     @property
@@ -195,7 +196,8 @@ class Checkpointer:
         self._run.wait()
         Catalog(self._run.storage).resolve(own.selector)
         self._end("preempted")
-        self._data = self._postponed_epoch = None
+        self._data = None
+        self._schedule.postpone(None)
         return self._open(own.selector)
 
     def batches(
@@ -228,17 +230,13 @@ class Checkpointer:
                 why="the position is kept for one loop: a resume could not tell the first from the second",
                 next="call it once, with epochs=N for all of them; iterate over validation data without it",
             )
-        data = DataPosition(
-            loader, epochs=epochs, on_resume=on_resume, notify=_log.warning, on_epoch_end=self._save_at_epoch_end
+        self._data, is_over = position_in(
+            loader, self._position, epochs=epochs, on_resume=on_resume, on_epoch_end=self._save_at_epoch_end
         )
-        if self._position is not None:
-            data.load_state_dict(self._position.tree, rng=self._position.rng)
-            has_ended = data.is_last_batch or self._position.tree["is_exhausted"]
-            self._position = None
-            if epochs is not None and data.epoch + bool(has_ended) >= epochs:
-                _log.warning("%s is finished: all %d epochs were trained by step %d", self._run_dir, epochs, self._step)
-        self._data = data
-        return iter(data)
+        self._position = None
+        if is_over:
+            _log.warning("%s is finished: all %d epochs were trained by step %d", self._run_dir, epochs, self._step)
+        return iter(self._data)
 
     def step(self, step: int, *, metrics: Mapping[str, float | torch.Tensor] | None = None) -> None:
         """Tell that an optimizer update has been completed, and save if that is due.
@@ -260,16 +258,13 @@ class Checkpointer:
         self._step = step
         if self._data is not None:
             self._data.mark_step()
-        moment = self._moment(is_epoch_end=bool(self.is_last_batch))
-        if self._postponed_epoch is not None:
-            moment = replace(moment, epoch=self._postponed_epoch, is_epoch_end=True)
-            self._postponed_epoch = None
-        reason = self._trigger.reason_to_save(moment)
+        is_told_to_stop = self._signal.received is not None
+        reason = self._reason_to_save(is_epoch_end=bool(self.is_last_batch), signalled=is_told_to_stop)
         if reason is not None:
             self._save(reason)
         elif self._boundary is not None:
             self._boundary.keep(self._capture())
-        if moment.signalled:
+        if is_told_to_stop:
             self._end("preempted")
             _log.warning(STOPPED, self._run_dir, step)
             raise Preempted
@@ -285,6 +280,22 @@ class Checkpointer:
         self._warn_of_pending("call save() right after step()")
         self._metrics.update(check_metrics(metrics))
         self._save("asked for", tags=tags)
+
+    def add_metrics(self, metrics: Mapping[str, float | torch.Tensor], *, step: int | None = None) -> None:
+        """Add metrics that became known after a save, such as those of a validation that runs on its own.
+
+        They count for what is best and what is kept, as if they had been given with the save. Waits for the save to be
+        durable.
+
+        Args:
+            metrics: Values by name. One that has a value already is replaced.
+            step: The step that they belong to; by default that of the newest save.
+
+        Raises:
+            UsageError: No checkpoint of that step is on the line: it was never saved, or retention has dropped it.
+            SaveFailedError, Fenced: The last save failed, or the run was taken over.
+        """
+        self._open_run().annotate_step(step, check_metrics(metrics))
 
     def wait(self) -> None:
         """Wait until the last save is durable.
@@ -303,7 +314,7 @@ class Checkpointer:
             Preempted: The process was told to stop meanwhile; the state is saved.
         """
         if self._run is not None:
-            if self._step > self._last_saved_step:
+            if self._step > self._schedule.saved_step:
                 if not (self._data and self._data.is_over):
                     self._warn_of_pending("leave the loop right after step()")
                 self._save("signal" if self._signal.received else "end of training")
@@ -344,8 +355,7 @@ class Checkpointer:
             raise
         run.continued = None
         self._run = run
-        self._last_saved_step = self._step
-        self._last_saved_at = time.monotonic()
+        self._schedule.saved(self._step)
         self._signal.install()
         if self._saves_on_exception:
             optimizers = [value for value in self._state.values() if isinstance(value, torch.optim.Optimizer)]
@@ -360,25 +370,19 @@ class Checkpointer:
         self._step, self._metrics, self._position = restored.step, restored.metrics, restored.position
         _log.info("resumed %s from step %d", self._run_dir, self._step)
 
-    def _moment(self, *, is_epoch_end: bool = False) -> Moment:
-        return Moment(
-            step=self._step,
-            epoch=self._data.epoch if self._data else None,
-            is_epoch_end=is_epoch_end,
-            last_saved_step=self._last_saved_step,
-            seconds_since_save=time.monotonic() - self._last_saved_at,
-            metrics=self._metrics,
-            seen=self._open_run().seen,
-            signalled=self._signal.received is not None,
+    def _reason_to_save(self, *, is_epoch_end: bool, signalled: bool) -> str | None:
+        epoch, seen = self._data.epoch if self._data else None, self._open_run().seen
+        return self._schedule.reason_to_save(
+            self._step, epoch=epoch, is_epoch_end=is_epoch_end, metrics=self._metrics, seen=seen, signalled=signalled
         )
 
     def _save_at_epoch_end(self, epoch: int) -> None:
         if self._data is not None and self._data.is_pending:
             # Gradients are in no checkpoint. The next step uses them up; what is due now is due then.
-            self._postponed_epoch = epoch
-        elif self.is_last_batch is None and self._step > self._last_saved_step:
+            self._schedule.postpone(epoch)
+        elif self.is_last_batch is None and self._step > self._schedule.saved_step:
             # A loader without a length shows the end of an epoch only when it is asked for one batch more.
-            reason = self._trigger.reason_to_save(self._moment(is_epoch_end=True))
+            reason = self._reason_to_save(is_epoch_end=True, signalled=self._signal.received is not None)
             if reason is not None:
                 self._save(reason)
 
@@ -406,25 +410,22 @@ class Checkpointer:
             metrics=self._metrics,
             tags=tags,
         )
-        self._last_saved_step = self._step
-        self._last_saved_at = time.monotonic()
+        self._schedule.saved(self._step)
         run.tell_missing_monitor(self._metrics)
 
     def _save_after(self, error: BaseException) -> None:
         kind = type(error).__name__
-        # Somebody wanted it to end: that is no failure of what was trained.
-        is_stop = isinstance(error, KeyboardInterrupt | SystemExit) and getattr(error, "code", None) in (None, 0, 75)
         try:
-            if self._step > self._last_saved_step:
+            if self._step > self._schedule.saved_step:
                 entries = self._boundary.entries() if self._boundary else None
                 if entries is not None:
                     self._save(f"exception: {kind}", entries=entries)
                 else:
                     why = "an optimizer step was under way" if self._boundary else "save_on_exception is off"
                     what = "steps %d to %d are lost: %s left the loop, and nothing is saved, because %s"
-                    _log.warning(what, self._last_saved_step + 1, self._step, kind, why)
+                    _log.warning(what, self._schedule.saved_step + 1, self._step, kind, why)
         finally:
-            self._end("preempted" if is_stop else "failed", error=f"{kind}: {error}")
+            self._end("preempted" if is_wanted_end(error) else "failed", error=f"{kind}: {error}")
 
     def _end(self, outcome: Literal["finished", "failed", "preempted"], *, error: str | None = None) -> None:
         run, self._run = self._run, None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ckptmgr.errors import StateMismatchError
 from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
@@ -21,9 +22,12 @@ __all__ = [
     "capture_loop",
     "check_loop",
     "meant_reference",
+    "position_in",
     "restore_loop",
     "restore_objects",
 ]
+
+_log = logging.getLogger("ckptmgr")
 
 RESERVED = "ckptmgr_"
 """Names of entries that begin so are ours."""
@@ -117,6 +121,27 @@ def restore_loop(state: Mapping[str, object], loaded: LoadedCheckpoint) -> Resto
     notes = restore_rng(rng)
     position = SavedPosition(own[_DATA].tree, rng) if _DATA in own else None
     return RestoredLoop(loaded.manifest.step, dict(own[_PROGRESS].tree["metrics"]), position, notes)
+
+
+def position_in(
+    loader: Iterable[Any],
+    saved: SavedPosition | None,
+    *,
+    epochs: int | None,
+    on_resume: Literal["auto", "skip", "replay"],
+    on_epoch_end: Callable[[int], None],
+) -> tuple[DataPosition, bool]:
+    """Take up a loop over a loader's batches, where it was left if it was; say whether all epochs were trained.
+
+    Raises:
+        StateMismatchError: The loader is not the one that the position was saved with.
+    """
+    data = DataPosition(loader, epochs=epochs, on_resume=on_resume, notify=_log.warning, on_epoch_end=on_epoch_end)
+    if saved is None:
+        return data, False
+    data.load_state_dict(saved.tree, rng=saved.rng)
+    has_ended = data.is_last_batch or saved.tree["is_exhausted"]
+    return data, epochs is not None and data.epoch + bool(has_ended) >= epochs
 
 
 def _of_user(loaded: LoadedCheckpoint) -> dict[str, CapturedEntry]:

@@ -10,12 +10,17 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
-__all__ = ["STOPPED", "StopSignal"]
+__all__ = ["STOPPED", "StopSignal", "is_wanted_end"]
 
 _log = logging.getLogger("ckptmgr")
 
 STOPPED = "%s: told to stop, and step %d is saved; start it again to go on"
 """What a manager says, with run directory and step, before it raises `Preempted`."""
+
+
+def is_wanted_end(error: BaseException) -> bool:
+    """Say whether somebody wanted the process to end: that is no failure of what was trained."""
+    return isinstance(error, KeyboardInterrupt | SystemExit) and getattr(error, "code", None) in (None, 0, 75)
 
 
 class StopSignal:

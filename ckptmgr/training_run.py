@@ -12,10 +12,10 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ckptmgr.errors import CkptmgrError, UsageError
+from ckptmgr.errors import CheckpointNotFoundError, CkptmgrError, UsageError
 from ckptmgr.format.layout import MAX_STEP, RUN_MARKER, CheckpointId, attempt_key, note_key
 from ckptmgr.format.manifest import Continuation, EntryRecord, Manifest, Note, Outcome, RunMarker, metric_to_value
 from ckptmgr.format.payload import FilePayload
@@ -23,6 +23,7 @@ from ckptmgr.format.record import FORMAT_VERSION, encode_record
 from ckptmgr.launch.experiment import current_experiment
 from ckptmgr.launch.redact import redact_text, secret_values
 from ckptmgr.launch.relaunch import RUN_DIR_VARIABLE
+from ckptmgr.launch.requested import hint_at_choice
 from ckptmgr.launch.start_record import describe_start
 from ckptmgr.loading import LoadedCheckpoint, choose_checkpoint, load_checkpoint
 from ckptmgr.policy.retention import CheckpointFacts, RetentionPolicy, best, plan
@@ -31,6 +32,7 @@ from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.clock import utc_now
 from ckptmgr.run.commit import CheckpointFields, commit_checkpoint
 from ckptmgr.run.environment import recorded_versions
+from ckptmgr.run.facts import facts_of
 from ckptmgr.run.lineage import claim_attempt, record_end, record_line, refuse_if_fenced
 from ckptmgr.run.prune import collect_temporary, collect_torn, delete_checkpoints
 from ckptmgr.run.reference import Reference, checked_tags
@@ -144,7 +146,10 @@ class TrainingRun:
         selector = "latest" if resume in ("auto", "must", "never") else resume
         catalog = before = Catalog(storage)
         if resume not in ("auto", "never"):
-            Catalog.of_existing_run(storage).resolve(selector)
+            try:
+                Catalog.of_existing_run(storage).resolve(selector)
+            except CheckpointNotFoundError as error:
+                raise hint_at_choice(error, resume) from error
         run_id = catalog.run_id
         wanted = Reference(run_dir, selector)
         if resume != "never" and (catalog.on_line or resume != "auto"):
@@ -262,15 +267,32 @@ class TrainingRun:
         refuse_if_fenced(self.storage, self._attempt)
         self.storage.write(note_key(checkpoint, self._attempt, self._nnotes), [encode_record(note)], exclusive=True)
         self._nnotes += 1
+        self.seen = widen_spans(self.seen, metrics or {})
         known = self._facts.get(checkpoint)
         if known is not None:
-            self._facts[checkpoint] = CheckpointFacts(
-                id=known.id,
-                step=known.step,
-                epoch=known.epoch,
-                metrics={**known.metrics, **(metrics or {})},
-                tags=known.tags | set(tags),
+            self._facts[checkpoint] = replace(
+                known, metrics={**known.metrics, **(metrics or {})}, tags=known.tags | set(tags)
             )
+
+    def annotate_step(self, step: int | None, metrics: Mapping[str, float]) -> None:
+        """Add metrics to the checkpoint of a step, by default to the newest one. Waits for it to be durable.
+
+        Raises:
+            UsageError: No checkpoint of that step is on the line (any more).
+        """
+        self.wait()
+        found = max((id for id in self._facts if step is None or id.step == step), default=None)
+        if found is None:
+            steps = ", ".join(str(step) for step in sorted({id.step for id in self._facts})[-8:])
+            raise UsageError(
+                f"no checkpoint of step {step!r} can take metrics in {self.run_dir}"
+                if step is not None
+                else f"no checkpoint can take metrics in {self.run_dir}: nothing was saved yet",
+                why=f"it was never saved, or retention has dropped it; saved are: {steps}" if steps else None,
+                next="add metrics to a step that is saved, or save first",
+            )
+        if metrics:
+            self.annotate(found, metrics=metrics)
 
     def tell_missing_monitor(self, metrics: Mapping[str, float]) -> None:
         """Warn, once, that the monitored metric has no value, where a save knows all metrics of its step."""
@@ -369,13 +391,7 @@ class TrainingRun:
             time.monotonic() - began,
         )
         self._known[checkpoint] = manifest
-        self._facts[checkpoint] = CheckpointFacts(
-            id=str(checkpoint),
-            step=checkpoint.step,
-            epoch=fields.epoch,
-            metrics=fields.metrics,
-            tags=frozenset(fields.tags),
-        )
+        self._facts[checkpoint] = facts_of(manifest)
         self._retain()
 
     def _retain(self) -> None:

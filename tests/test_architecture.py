@@ -13,13 +13,13 @@ import ckptmgr
 PACKAGE = Path(ckptmgr.__file__).parent
 
 FLOORS = [
-    {"errors"},
+    {"errors", "words"},
     {"format", "progress"},
     {"policy", "storage"},
     {"run"},
     {"state", "launch"},
     {"writer", "boundary", "preemption", "loading", "topology", "config", "instantiate", "fork"},
-    {"training_run", "loop_state"},
+    {"training_run", "loop_state", "schedule"},
     {"checkpointer"},
     {"lightning"},
     {"experiment"},
@@ -122,6 +122,7 @@ def test_what_does_not_compute_does_not_import_torch(module: str) -> None:
 def test_the_public_names_are_these() -> None:
     assert sorted(ckptmgr.__all__) == [
         "AnyOf",
+        "Budget",
         "CheckpointManager",
         "CheckpointNotFoundError",
         "Checkpointer",
@@ -133,9 +134,11 @@ def test_the_public_names_are_these() -> None:
         "Fenced",
         "KeepAll",
         "KeepBest",
+        "KeepEveryEpochs",
         "KeepEverySteps",
         "KeepLast",
         "KeepTagged",
+        "KeepWithin",
         "OnException",
         "OnImprovement",
         "OnSignal",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 
-from ckptmgr.errors import UsageError
+from ckptmgr.errors import CheckpointNotFoundError, UsageError
 from ckptmgr.launch.relaunch import RUN_DIR_VARIABLE
 from ckptmgr.run.reference import parse_reference
 
-__all__ = ["requested_run"]
+__all__ = ["hint_at_choice", "requested_run"]
+
+_CHOICES = ("auto", "must", "never")
 
 
 def requested_run(run_dir: str | os.PathLike[str] | None, resume: str) -> tuple[str | None, str]:
@@ -31,6 +34,14 @@ def requested_run(run_dir: str | os.PathLike[str] | None, resume: str) -> tuple[
         # A run that was killed before its first save has nothing to resume, and starts again.
         return reference.run_dir, "auto" if reference.selector == "latest" else reference.selector
     return run_dir, resume
+
+
+def hint_at_choice(error: CheckpointNotFoundError, resume: str) -> CheckpointNotFoundError:
+    """Return the error about a ``resume=`` that names nothing, with the word that was probably meant."""
+    near = difflib.get_close_matches(resume.lower(), _CHOICES, n=1)
+    if not near or resume in _CHOICES:
+        return error
+    return type(error)(error.what, why=error.why, next=f"did you mean resume={near[0]!r}? Otherwise, {error.next}")
 
 
 def _checked_run_dir(run_dir: object) -> str:

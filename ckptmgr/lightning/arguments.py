@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from ckptmgr.errors import UsageError
-from ckptmgr.policy.from_keywords import retention_from
-from ckptmgr.policy.retention import KeepAll, RetentionPolicy
 
-__all__ = ["retention_of", "warn_of_unused"]
+__all__ = ["warn_of_unused"]
 
 _log = logging.getLogger("ckptmgr")
 
@@ -51,37 +49,3 @@ def warn_of_unused(run_dir: str | os.PathLike[str] | None, others: Mapping[str, 
         if name in others and others[name] not in (None, False):
             _log.warning("%s=%r does nothing in CheckpointManager: %s", name, others[name], why)
     return dirpath if run_dir is None else run_dir
-
-
-def retention_of(
-    *,
-    keep_last: int,
-    save_top_k: int,
-    keep_every_n_steps: int | None,
-    monitor: str | None,
-    mode: Literal["min", "max"],
-) -> RetentionPolicy:
-    """Return what to keep.
-
-    Raises:
-        UsageError: A number that has no meaning.
-    """
-    if save_top_k < -1:
-        raise UsageError(
-            f"save_top_k={save_top_k}", why="it counts checkpoints; -1 keeps all, 0 keeps none for being best"
-        )
-    if monitor is None and save_top_k > 1:
-        raise UsageError(
-            f"save_top_k={save_top_k} without monitor",
-            why="nothing says which checkpoints are the best",
-            next=f"give monitor= the name of a logged metric, or keep_last={save_top_k}",
-        )
-    if save_top_k == -1:
-        return KeepAll()
-    return retention_from(
-        keep_last=keep_last,
-        keep_best=max(save_top_k, 1),
-        keep_every_n_steps=keep_every_n_steps,
-        monitor=monitor if save_top_k else None,
-        mode=mode,
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal, Self
 
@@ -13,7 +13,7 @@ import torch
 from ckptmgr.errors import CheckpointNotFoundError, Preempted, TopologyError, UsageError
 from ckptmgr.launch.requested import requested_run
 from ckptmgr.launch.run_directory import absolute, default_run_dir, job_name
-from ckptmgr.lightning.arguments import retention_of, warn_of_unused
+from ckptmgr.lightning.arguments import warn_of_unused
 from ckptmgr.lightning.assemble import check_model
 from ckptmgr.lightning.bases import tree_for, with_lightning_base
 from ckptmgr.lightning.checkpoint_io import install_checkpoint_io
@@ -22,9 +22,10 @@ from ckptmgr.lightning.filesystem import url_of
 from ckptmgr.lightning.loops import Boundary, LoopHooks
 from ckptmgr.lightning.resume import Resume
 from ckptmgr.lightning.saving import Saver
-from ckptmgr.policy.from_keywords import trigger_from
+from ckptmgr.policy.arguments import check_switch
+from ckptmgr.policy.from_keywords import retention_from, trigger_from
+from ckptmgr.policy.intervals import Triggers
 from ckptmgr.policy.retention import RetentionPolicy
-from ckptmgr.policy.triggers import Trigger
 from ckptmgr.preemption import STOPPED, StopSignal
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.state.rng import capture_rng
@@ -50,6 +51,7 @@ class CheckpointManager:
         every_n_train_steps: Save whenever this many optimizer steps have passed.
         every_n_epochs: Save at the end of every n-th epoch.
         train_time_interval: Save when the last save is this old. In seconds, or a `timedelta`.
+        every: Intervals as text, besides those above: ``"500ba"`` (steps), ``"1ep"``, ``"10min"``, or a list of them.
         monitor: Name of the logged metric that says which checkpoint is best.
         mode: Whether a smaller (``min``) or a larger (``max``) value is better.
         save_top_k: How many of the best to keep, with ``monitor``. 0: none; -1: keep every checkpoint.
@@ -59,8 +61,8 @@ class CheckpointManager:
         save_on_exception: Save the last completed step when an exception (or Ctrl-C) ends the training. Costs a copy of
             buffers, RNG and counters at each step.
         save_on_signal: Save and exit with code 75 at the next step boundary after SIGTERM.
-        triggers: Decides when to save, instead of the intervals above.
-        retention: Decides what to keep, instead of the numbers above.
+        triggers: Decides when to save, instead of the intervals above: a trigger, an interval as text, or a list.
+        retention: Decides what to keep, instead of the numbers above: a policy, or a list of them.
         resume: ``auto`` goes on where the run stopped, if it ever saved; ``must`` wants a checkpoint; ``never`` starts
             from nothing; a selector (``best``, a step, a tag, an id) goes back to that checkpoint; a reference to
             another run begins with its checkpoint, until this run has one of its own.
@@ -88,6 +90,7 @@ class CheckpointManager:
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
         train_time_interval: timedelta | float | None = None,
+        every: str | Sequence[str] | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
         save_top_k: int = 1,
@@ -96,8 +99,8 @@ class CheckpointManager:
         save_weights_only: bool = False,
         save_on_exception: bool = False,
         save_on_signal: bool = True,
-        triggers: Trigger | None = None,
-        retention: RetentionPolicy | None = None,
+        triggers: Triggers | None = None,
+        retention: RetentionPolicy | Sequence[RetentionPolicy] | None = None,
         resume: str = "auto",
         storage_options: Mapping[str, Any] | None = None,
         background: bool = True,
@@ -108,6 +111,7 @@ class CheckpointManager:
         chosen, self._resume = requested_run(run_dir, resume)
         self._run_dir = None if chosen is None else absolute(chosen)
         self._trigger = trigger_from(
+            every=every,
             every_n_steps=every_n_train_steps,
             every_n_epochs=every_n_epochs,
             time_interval=train_time_interval,
@@ -115,16 +119,17 @@ class CheckpointManager:
             on_exception=save_on_exception,
             instead=triggers,
         )
-        self._retention = retention or retention_of(
+        self._retention = retention_from(
             keep_last=keep_last,
             save_top_k=save_top_k,
             keep_every_n_steps=keep_every_n_steps,
             monitor=monitor,
             mode=mode,
+            instead=retention,
         )
         self._monitor = None if monitor is None else Monitor(monitor, mode)
         self._storage_options = storage_options
-        self._background = background
+        self._background = check_switch(background, of="background")
         self._saves_on_exception = save_on_exception
         self._saves_on_signal = save_on_signal
         # Read by loggers and by Lightning itself.

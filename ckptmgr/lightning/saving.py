@@ -69,6 +69,7 @@ class Saver:
         self._step = self._last_saved_step = int(trainer.global_step)
         self._last_saved_at = time.monotonic()
         self._last_saved = continued
+        self._epoch = int(trainer.current_epoch)
         self._has_pending_gradients = False
         self._is_epoch_end_postponed = False
         self._validation_names = set(validation_names)
@@ -119,6 +120,8 @@ class Saver:
             self._is_epoch_end_postponed |= boundary.is_epoch_end
             return False
         self._step = step
+        # At an epoch's very end Lightning counts the next one already.
+        self._epoch = self._trainer.current_epoch - (boundary.place == "epoch")
         metrics = self.latest_metrics = fresh_metrics(
             self._trainer,
             is_epoch_done=boundary.place == "epoch",
@@ -203,9 +206,8 @@ class Saver:
         )
 
     def _save(self, entries: list[CapturedEntry], reason: str, metrics: Mapping[str, float], *, wait: bool) -> None:
-        epoch = self._trainer.current_epoch
         self._last_saved = self.run.save(
-            entries, step=self._step, epoch=epoch, reason=reason, metrics=metrics, wait=wait
+            entries, step=self._step, epoch=self._epoch, reason=reason, metrics=metrics, wait=wait
         )
         self._last_saved_step = self._step
         self._last_saved_at = time.monotonic()

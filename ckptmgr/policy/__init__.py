@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from ckptmgr.policy.arguments import Mode
+from ckptmgr.policy.budget import Budget
+from ckptmgr.policy.intervals import AnyOf, Triggers, parse_interval
 from ckptmgr.policy.retention import (
     CheckpointFacts,
+    ExplainsDrops,
     KeepAll,
     KeepBest,
+    KeepEveryEpochs,
     KeepEverySteps,
     KeepLast,
     KeepTagged,
+    KeepWithin,
     RetentionPlan,
     RetentionPolicy,
     Union,
@@ -17,7 +22,6 @@ from ckptmgr.policy.retention import (
     plan,
 )
 from ckptmgr.policy.triggers import (
-    AnyOf,
     EveryEpochs,
     EverySeconds,
     EverySteps,
@@ -32,15 +36,19 @@ from ckptmgr.policy.triggers import (
 
 __all__ = [
     "AnyOf",
+    "Budget",
     "CheckpointFacts",
     "EveryEpochs",
     "EverySeconds",
     "EverySteps",
+    "ExplainsDrops",
     "KeepAll",
     "KeepBest",
+    "KeepEveryEpochs",
     "KeepEverySteps",
     "KeepLast",
     "KeepTagged",
+    "KeepWithin",
     "MetricSpan",
     "Mode",
     "Moment",
@@ -50,8 +58,10 @@ __all__ = [
     "RetentionPlan",
     "RetentionPolicy",
     "Trigger",
+    "Triggers",
     "Union",
     "best",
+    "parse_interval",
     "plan",
     "widen_spans",
 ]

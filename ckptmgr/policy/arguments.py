@@ -16,6 +16,7 @@ __all__ = [
     "check_mode",
     "check_state",
     "check_step",
+    "check_switch",
     "is_better",
     "whole_number",
 ]
@@ -51,6 +52,17 @@ def whole_number(value: object, *, of: str, unit: str) -> int:
             next="give a whole number of at least 1, or leave the policy out",
         )
     return number
+
+
+def check_switch(value: object, *, of: str) -> bool:
+    """Return what is either on or off.
+
+    Raises:
+        UsageError: It is neither True nor False. Text is not read: ``"no"`` would count as true.
+    """
+    if not isinstance(value, bool):
+        raise UsageError(f"{of}={value!r}", why=f"it is True or False, not a {type(value).__name__}")
+    return value
 
 
 def check_metric(metric: object, *, of: str) -> str:

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol, runtime_checkable
 
-from ckptmgr.errors import UsageError
 from ckptmgr.policy.arguments import Mode, check_metric, check_mode, is_better, whole_number
+from ckptmgr.policy.quantities import parse_duration
 
 __all__ = [
-    "AnyOf",
     "EveryEpochs",
     "EverySeconds",
     "EverySteps",
@@ -112,15 +111,8 @@ class EverySeconds:
 
     seconds: float
 
-    def __init__(self, seconds: float | timedelta) -> None:
-        value = seconds.total_seconds() if isinstance(seconds, timedelta) else seconds
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise UsageError(
-                f"EverySeconds(seconds) was given {seconds!r}",
-                why="an interval is a positive, finite number of seconds, or a timedelta",
-                next="give for example 600, or timedelta(minutes=10)",
-            )
-        object.__setattr__(self, "seconds", float(value))
+    def __init__(self, seconds: float | timedelta | str) -> None:
+        object.__setattr__(self, "seconds", parse_duration(seconds, of="EverySeconds(seconds)"))
 
     def reason_to_save(self, moment: Moment) -> str | None:
         return f"every {self.seconds:g} s" if moment.seconds_since_save >= self.seconds else None
@@ -162,31 +154,6 @@ class OnException:
 
     def reason_to_save(self, moment: Moment) -> str | None:
         return "exception" if moment.failed else None
-
-
-@dataclass(frozen=True, slots=True, init=False)
-class AnyOf:
-    """Save when any of several triggers says so; the first that does gives the reason."""
-
-    triggers: tuple[Trigger, ...]
-
-    def __init__(self, *triggers: Trigger) -> None:
-        for trigger in triggers:
-            # A class has the method too, but not bound: EverySteps instead of EverySteps(100) is an easy slip.
-            if isinstance(trigger, type) or not isinstance(trigger, Trigger):
-                raise UsageError(
-                    f"AnyOf was given {trigger!r}",
-                    why="it is not a trigger: a trigger is an object with a method reason_to_save(moment)",
-                    next="give triggers one by one, such as AnyOf(EverySteps(100), OnSignal())",
-                )
-        object.__setattr__(self, "triggers", triggers)
-
-    def reason_to_save(self, moment: Moment) -> str | None:
-        for trigger in self.triggers:
-            reason = trigger.reason_to_save(moment)
-            if reason is not None:
-                return reason
-        return None
 
 
 def widen_spans(seen: Mapping[str, MetricSpan], metrics: Mapping[str, float]) -> dict[str, MetricSpan]:

@@ -15,10 +15,11 @@ from typing import Literal
 
 from ckptmgr.errors import CheckpointNotFoundError, CkptmgrError, CorruptCheckpointError, RunNotFoundError, UsageError
 from ckptmgr.format.layout import RUN_MARKER, CheckpointId, manifest_key, parse_attempt_key, parse_checkpoint_key
-from ckptmgr.format.manifest import Continuation, Manifest, Note, decode_manifest, metric_from_value
+from ckptmgr.format.manifest import Continuation, Manifest, Note, decode_manifest
 from ckptmgr.format.manifest import RunMarker as Marker
 from ckptmgr.format.record import decode_record
 from ckptmgr.policy.retention import CheckpointFacts, best
+from ckptmgr.run.facts import facts_of
 from ckptmgr.run.lineage import Line, read_line, trace_line
 from ckptmgr.storage.protocol import Storage
 
@@ -66,7 +67,7 @@ class Catalog:
             RunNotFoundError: The location holds no run.
         """
         catalog = cls(storage)
-        if not catalog.is_run:
+        if not catalog.is_run and catalog.run_id is None:
             raise RunNotFoundError(
                 f"no run in {storage.url}",
                 why="nothing is stored there" if not catalog.sizes else f"it holds files, but no {RUN_MARKER}",
@@ -200,16 +201,8 @@ class Catalog:
                 yield self.manifest(checkpoint)
 
     def facts(self, checkpoint: CheckpointId) -> CheckpointFacts:
-        """Return what retention and ``best`` decide by: step, epoch, metrics and tags, later notes included."""
-        manifest = self.manifest(checkpoint)
-        metrics = {name: metric_from_value(value) for name, value in manifest.metrics.items()}
-        tags = set(manifest.tags)
-        for note in self.notes(checkpoint):
-            metrics.update((name, metric_from_value(value)) for name, value in note.metrics.items())
-            tags.update(note.tags)
-        return CheckpointFacts(
-            id=manifest.checkpoint, step=manifest.step, epoch=manifest.epoch, metrics=metrics, tags=frozenset(tags)
-        )
+        """Return what retention and ``best`` decide by, later notes included."""
+        return facts_of(self.manifest(checkpoint), self.notes(checkpoint))
 
     def notes(self, checkpoint: CheckpointId) -> list[Note]:
         """Read the records that were added beside a manifest, in order. Unreadable ones are skipped."""
