@@ -1,0 +1,58 @@
+"""Compose a configuration: a file, the files that it includes, and the overrides of a command line.
+
+A file names others under ``includes:``, a list of paths relative to itself. An include is a fragment with the same
+keys. Later ones override earlier ones, and the file overrides its includes: mappings merge key by key, lists are
+replaced, and a mapping with another ``_target_`` is another object and replaces the one below it whole. The result has
+no includes any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ckptmgr.config.foreign import check_foreign, translate
+from ckptmgr.config.includes import load_with_includes
+from ckptmgr.config.overrides import override_tree
+from ckptmgr.config.tree import freeze
+
+__all__ = ["Composition", "compose"]
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """A composed configuration, and where it comes from.
+
+    Attributes:
+        config: In struct mode. Interpolations stand as text; includes are merged in.
+        files: Files that were read, in the order in which they were merged.
+        overrides: As they were given.
+        notes: Sentences for the user: what was translated from Hydra or LightningCLI, and what was left out.
+    """
+
+    config: DictConfig
+    files: tuple[str, ...]
+    overrides: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def compose(path: str | Path, overrides: Sequence[str] = ()) -> Composition:
+    """Read a configuration with its includes, and apply overrides.
+
+    Args:
+        path: A YAML file: our own, Hydra's ``.hydra/config.yaml`` or the directory that holds it, or the
+            ``config.yaml`` that LightningCLI saves.
+        overrides: ``key=value``, ``+key=value`` or ``~key``; see `ckptmgr.config.overrides`.
+
+    Raises:
+        ConfigError: A file or an override cannot be read. Names it, and the files that led to it.
+    """
+    tree, files = load_with_includes(path)
+    tree, notes = translate(tree, files[-1])
+    tree = override_tree(tree, overrides)
+    check_foreign(tree, notes, where=files[-1])
+    config = freeze(tree, where=files[-1])
+    return Composition(config=config, files=tuple(files), overrides=tuple(overrides), notes=tuple(notes))
