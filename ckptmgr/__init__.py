@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         UnsupportedStateError,
         UsageError,
     )
+    from ckptmgr.instantiate.allow_list import allow_targets, factory
     from ckptmgr.lightning import CheckpointManager
     from ckptmgr.policy.budget import Budget
     from ckptmgr.policy.intervals import AnyOf
@@ -60,6 +61,7 @@ _HOMES = {
         "UnsupportedStateError",
         "UsageError",
     ],
+    "ckptmgr.instantiate.allow_list": ["allow_targets", "factory"],
     "ckptmgr.lightning": ["CheckpointManager"],
     "ckptmgr.policy.budget": ["Budget"],
     "ckptmgr.policy.intervals": ["AnyOf"],
@@ -116,6 +118,8 @@ __all__ = [
     "UnsupportedStateError",
     "UsageError",
     "__version__",
+    "allow_targets",
+    "factory",
     "register_handler",
 ]
 

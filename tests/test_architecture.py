@@ -151,6 +151,8 @@ def test_the_public_names_are_these() -> None:
         "UnsupportedStateError",
         "UsageError",
         "__version__",
+        "allow_targets",
+        "factory",
         "register_handler",
     ]
     for name in ckptmgr.__all__:

@@ -86,6 +86,14 @@ class Entry:
     def is_exact(self) -> bool:
         return not self.pattern.endswith(".*")
 
+    def allows(self, name: str) -> bool:
+        """Return whether this line allows a name, before anything is imported."""
+        if self.reviewed is None or self.is_exact or not matches(self.pattern, name):
+            return matches(self.pattern, name)
+        # A package offers its classes at its top; deeper modules are imported only where something was reviewed.
+        is_at_top = "." not in name[len(self.pattern) - 1 :]
+        return is_at_top or any(name.startswith(f"{place}.") for place in self.reviewed.homes)
+
     def covers(self, obj: object, home: str) -> bool:
         """Return whether something that is defined at `home` is what this line means, under whatever name."""
         if self.reviewed is None or self.is_exact:
@@ -137,7 +145,7 @@ class AllowList:
             return None
         if name in self._exact:
             return self._exact[name].source
-        return next((entry.source for entry in self._open if matches(entry.pattern, name)), None)
+        return next((entry.source for entry in self._open if entry.allows(name)), None)
 
     def names_exactly(self, name: str) -> bool:
         """Return whether a line of the list is this very name: that also allows a function."""

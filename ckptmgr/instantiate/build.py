@@ -13,9 +13,9 @@ from typing import Any
 from ckptmgr.errors import CkptmgrError, ConfigError, Preempted, UsageError
 from ckptmgr.instantiate.allow_list import AllowList
 from ckptmgr.instantiate.load import Base, check_result, load_target, spoken_base
-from ckptmgr.instantiate.resolve import where_raised
-from ckptmgr.instantiate.signature import check_arguments, what_it_takes
-from ckptmgr.instantiate.targets import Target, check_targets, find_targets, spoken
+from ckptmgr.instantiate.resolve import one_line, where_raised
+from ckptmgr.instantiate.signature import check_arguments, suggest_for
+from ckptmgr.instantiate.targets import Target, check_targets, find_targets, is_list, spoken
 
 __all__ = ["build", "check_build", "load_target"]
 
@@ -93,7 +93,7 @@ def _plan_all(
     tree: object, key: str, allow: AllowList, base: Base, base_name: str, n_args: int, extra: Mapping[str, object]
 ) -> object:
     check_targets(find_targets(tree, key), allow)
-    if base is not None and isinstance(tree, list):
+    if base is not None and is_list(tree):
         return [
             _plan(
                 _expect_target(node, _below(key, number), base, base_name), _below(key, number), allow, base, base_name
@@ -150,8 +150,8 @@ def _plan(
             {name: _plan(value, _below(key, name), allow) for name, value in named.items()},
             is_partial,
         )
-    if isinstance(node, (list, tuple)):
-        return [_plan(value, _below(key, str(number)), allow) for number, value in enumerate(node)]
+    if is_list(node):
+        return [_plan(value, _below(key, number), allow) for number, value in enumerate(node)]
     return node
 
 
@@ -173,7 +173,7 @@ def _check_plain(node: Mapping[Any, object], key: str) -> None:
 
 def _read_node(node: Mapping[Any, object], target: Target) -> tuple[list[object], dict[str, object], bool]:
     args, is_partial = node.get("_args_", []), node.get("_partial_", False)
-    if not isinstance(args, (list, tuple)):
+    if not is_list(args):
         raise ConfigError(f"{_below(target.key, '_args_')} is not a list", next="write _args_: [1, 2]")
     if not isinstance(is_partial, bool):
         raise ConfigError(f"{_below(target.key, '_partial_')} is neither true nor false", next="write _partial_: true")
@@ -248,12 +248,8 @@ def _call(plan: _Call, args: list[object], named: dict[str, object]) -> Any:
     except CkptmgrError:
         raise
     except (Exception, SystemExit) as error:
-        place = where_raised(error)
-        why = f"{type(error).__name__}: {error}{place}"
-        if isinstance(error, TypeError):
-            why += f"; {what_it_takes(plan.function)}"
         raise ConfigError(
             f"building {spoken(target.key)} ({target.name}) failed",
-            why=why,
-            next="correct the arguments, or the class",
+            why=f"{one_line(error)}{where_raised(error)}",
+            next=suggest_for(error, plan.function) or "correct the arguments, or the class",
         ) from error

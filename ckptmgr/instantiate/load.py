@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from ckptmgr.errors import ConfigError, NotAllowedError
 from ckptmgr.instantiate.allow_list import AllowList, is_factory
 from ckptmgr.instantiate.resolve import resolve
-from ckptmgr.instantiate.targets import Target, check_targets, how_to_allow, spoken
+from ckptmgr.instantiate.targets import Target, advice_for, check_targets, how_to_allow, spoken
 
 __all__ = ["check_result", "load_target", "spoken_base"]
 
@@ -67,9 +68,9 @@ def _check_kind(found: object, target: Target) -> None:
 
 
 def _check_home(found: Any, target: Target, allow: AllowList) -> None:
-    name = getattr(found, "__qualname__", None) or getattr(found, "__name__", "?")
-    home = f"{getattr(found, '__module__', None)}.{name}"
-    if allow.covers(found, home):
+    home = _home_of(found)
+    owner = getattr(found, "__self__", None)
+    if allow.covers(found, home) and (not isinstance(owner, type) or allow.covers(owner, _home_of(owner))):
         return
     if home == target.name or allow.source_of(home) is not None:
         raise NotAllowedError(
@@ -79,9 +80,14 @@ def _check_home(found: Any, target: Target, allow: AllowList) -> None:
         )
     raise NotAllowedError(
         f"{spoken(target.key)}: {target.name!r} is not allowed",
-        why=f"it is {home}, defined elsewhere, and nobody has allowed that; it was not called",
-        next=how_to_allow(target.name, allow),
+        why=f"it is {home.removeprefix('None.')}, defined elsewhere, and nobody has allowed that; it was not called",
+        next=advice_for(home if home.partition(".")[0] in sys.stdlib_module_names else target.name, allow),
     )
+
+
+def _home_of(found: object) -> str:
+    name = getattr(found, "__qualname__", None) or getattr(found, "__name__", "?")
+    return f"{getattr(found, '__module__', None)}.{name}"
 
 
 def _check_class(found: type, target: Target, base: Base, base_name: str) -> None:
@@ -111,7 +117,7 @@ def check_result(made: object, target: Target, base: Base, base_name: str) -> No
 def spoken_base(base: type | tuple[type, ...], base_name: str) -> str:
     """Return what messages call a base class."""
     bases = base if isinstance(base, tuple) else (base,)
-    return base_name or " or ".join(f"{cls.__module__.partition('.')[0]}'s {cls.__name__}" for cls in bases)
+    return base_name or " or ".join(f"{cls.__name__} of {cls.__module__.partition('.')[0]}" for cls in bases)
 
 
 def _refuse(target: Target, base: type | tuple[type, ...], base_name: str, but: str) -> None:

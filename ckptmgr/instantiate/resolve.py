@@ -16,9 +16,10 @@ from ckptmgr.instantiate.allow_list import AllowList
 from ckptmgr.instantiate.project_file import run_directory_around
 from ckptmgr.instantiate.targets import Target, spoken
 
-__all__ = ["resolve", "where_raised"]
+__all__ = ["one_line", "resolve", "where_raised"]
 
 _NEAR = 3
+_MAX_MESSAGE = 600
 
 
 def resolve(target: Target, allow: AllowList) -> Any:
@@ -117,7 +118,7 @@ def _spec_exists(name: str, target: Target) -> bool:
     if spec is None:
         return False
     for place in (spec.origin, *(spec.submodule_search_locations or ())):
-        run = run_directory_around(Path(place)) if place and Path(place).exists() else None
+        run = run_directory_around(Path(place)) if place and Path(place).is_absolute() else None
         if run is not None:
             raise NotAllowedError(
                 f"{spoken(target.key)}: {target.name!r} is not imported",
@@ -165,7 +166,7 @@ def _import_failed(name: str, target: Target, error: BaseException) -> ConfigErr
         why = f"{type(error).__name__}: {error.msg} ({_place(error.filename, error.lineno)})"
         advice = "correct the file"
     else:
-        why = f"{type(error).__name__}: {error}{where_raised(error)}"
+        why = f"{one_line(error)}{where_raised(error)}"
         missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
         advice = f"install {missing!r}, or correct the import" if missing else "correct it"
     return ConfigError(
@@ -173,6 +174,12 @@ def _import_failed(name: str, target: Target, error: BaseException) -> ConfigErr
         why=why,
         next=f"{advice}; `python -c 'import {name}'` shows it",
     )
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's type and message, without line breaks."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:_MAX_MESSAGE]}" if text else type(error).__name__
 
 
 def where_raised(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Collection
 from inspect import Parameter
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from ckptmgr.errors import ConfigError
 from ckptmgr.instantiate.targets import Target, spoken
 
-__all__ = ["check_arguments", "what_it_takes"]
+__all__ = ["check_arguments", "suggest_for", "what_it_takes"]
 
 _SHOWN = 12
 _NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
@@ -44,6 +45,14 @@ def what_it_takes(function: Callable[..., Any]) -> str:
         return "it takes no arguments"
     texts = [_text(parameter) for parameter in parameters]
     return f"it takes {', '.join(texts[:_SHOWN])}{', …' if len(texts) > _SHOWN else ''}"
+
+
+def suggest_for(error: BaseException, function: Callable[..., Any]) -> str | None:
+    """Return what was probably meant, where a call that takes any keyword has refused one after all."""
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error)) if isinstance(error, TypeError) else None
+    names = [parameter.name for parameter in parameters_of(function) or [] if parameter.kind in _NAMED]
+    near = difflib.get_close_matches(found[1], names, n=1) if found else []
+    return f"did you mean {found[1]} -> {near[0]}?" if found and near else None
 
 
 def _text(parameter: Parameter) -> str:

@@ -6,13 +6,14 @@ import difflib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from ckptmgr.errors import ConfigError, NotAllowedError
 from ckptmgr.instantiate.allow_list import AllowList
 from ckptmgr.instantiate.patterns import why_not_a_name
 from ckptmgr.instantiate.reviewed import LEFT_OUT
 
-__all__ = ["Target", "check_targets", "find_targets", "spoken"]
+__all__ = ["Target", "advice_for", "check_targets", "find_targets", "how_to_allow", "is_list", "spoken"]
 
 _MAX_DEPTH = 64
 _MAX_NODES = 200_000
@@ -60,9 +61,14 @@ def _walk(node: object, key: str, depth: int, seen: list[int]) -> Iterator[Targe
         for name, value in node.items():
             if name != "_target_":
                 yield from _walk(value, f"{key}.{name}" if key else str(name), depth + 1, seen)
-    elif isinstance(node, Sequence) and not isinstance(node, (str, bytes, bytearray)):
+    elif is_list(node):
         for number, value in enumerate(node):
             yield from _walk(value, f"{key}.{number}" if key else str(number), depth + 1, seen)
+
+
+def is_list(node: object) -> TypeGuard[Sequence[object]]:
+    """Return whether a node is a list, and no text."""
+    return isinstance(node, Sequence) and not isinstance(node, (str, bytes, bytearray))
 
 
 def _name_of(name: object, key: str) -> str:
@@ -87,14 +93,14 @@ def check_targets(targets: Iterable[Target], allow: AllowList) -> None:
         return
     first = denied[0]
     others = [f"{_quoted(target.name)} at {spoken(target.key)}" for target in denied[1:] if target.name != first.name]
-    why = _why_denied(first.name)
+    why = _why_denied(first.name, allow)
     if others:
         more = f", and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
         why += f"; nor allowed: {', '.join(others[:_SHOWN])}{more}"
     raise NotAllowedError(
         f"{spoken(first.key)}: {_quoted(first.name)} is not allowed",
         why=f"{why}; nothing was imported",
-        next=_what_to_do(first.name, allow),
+        next=advice_for(first.name, allow),
     )
 
 
@@ -103,7 +109,7 @@ def _quoted(name: str) -> str:
     return text if len(text) <= 100 else f"{text[:97]}…"
 
 
-def _why_denied(name: str) -> str:
+def _why_denied(name: str, allow: AllowList) -> str:
     reason = why_not_a_name(name)
     if reason is not None:
         return reason
@@ -112,10 +118,13 @@ def _why_denied(name: str) -> str:
         return LEFT_OUT[last]
     if root in sys.stdlib_module_names:
         return f"{root!r} is Python's own, and a configuration builds models and their training"
+    if allow.source_of(name.replace("._", ".")) is not None:
+        return "a pattern allows no private names; they must be named exactly"
     return "a configuration may only name what is built in, and what you allow"
 
 
-def _what_to_do(name: str, allow: AllowList) -> str:
+def advice_for(name: str, allow: AllowList) -> str:
+    """Return what to do about a name that is denied."""
     if why_not_a_name(name) is not None:
         return "write a dotted name, as in _target_: torch.nn.Linear"
     root, last = name.partition(".")[0], name.rpartition(".")[2]
