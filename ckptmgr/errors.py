@@ -18,6 +18,7 @@ __all__ = [
     "NotAllowedError",
     "Preempted",
     "ResumeRefusedError",
+    "RunInUseError",
     "RunNotFoundError",
     "SaveFailedError",
     "StateMismatchError",
@@ -108,6 +109,13 @@ class Fenced(CkptmgrError):
     """A newer attempt has taken this run over; nothing of this process is acknowledged any more."""
 
     code = "fenced"
+    exit_code = 11
+
+
+class RunInUseError(CkptmgrError):
+    """Somebody trains in this run, or may be doing so; a command that would take it over does not."""
+
+    code = "in-use"
     exit_code = 11
 
 

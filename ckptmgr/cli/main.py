@@ -21,9 +21,11 @@ from ckptmgr.errors import CkptmgrError, UsageError
 __all__ = ["COMMANDS", "main", "run"]
 
 COMMANDS = {
-    "ls": "List the checkpoints of a run.",
+    "ls": "List the checkpoints of a run, or the runs of a directory.",
+    "prune": "Delete the checkpoints that no policy keeps.",
     "resume": "Start a run again, where it stopped.",
-    "show": "Show one checkpoint, or the attempts of a run.",
+    "run": "Build an experiment from its configuration, and train it.",
+    "show": "Show a run's story, one checkpoint, or what sets runs apart.",
     "verify": "Recompute every digest and name what is damaged.",
 }
 

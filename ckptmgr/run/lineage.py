@@ -24,12 +24,16 @@ from ckptmgr.storage.protocol import Storage
 __all__ = ["Line", "claim_attempt", "read_line", "record_end", "record_line", "refuse_if_fenced", "trace_line"]
 
 
-def claim_attempt(storage: Storage, taken: Collection[int]) -> AttemptClaim:
+def claim_attempt(storage: Storage, taken: Collection[int], *, is_patient: bool = True) -> AttemptClaim:
     """Become the run's newest attempt.
 
     Args:
         storage: The run's root.
         taken: Attempt numbers that a listing showed.
+        is_patient: Try the next number if this one is taken. False: whoever has just come must not be fenced.
+
+    Raises:
+        FileExistsError: Not patient, and somebody was faster.
     """
     number = max(taken, default=0) + 1
     while True:
@@ -44,6 +48,8 @@ def claim_attempt(storage: Storage, taken: Collection[int]) -> AttemptClaim:
         try:
             storage.write(attempt_key(number, "claim"), [encode_record(claim)], exclusive=True)
         except FileExistsError:
+            if not is_patient:
+                raise
             # Numbers stay without gaps: the fence asks for the next number only.
             number += 1
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckptmgr.format.layout import CheckpointId, manifest_key, parse_attempt_key, parse_checkpoint_key
@@ -13,19 +13,26 @@ from ckptmgr.storage.protocol import HoldsTemporary
 __all__ = ["collect_temporary", "collect_torn", "delete_checkpoints"]
 
 
-def delete_checkpoints(catalog: Catalog, drop: Iterable[CheckpointId]) -> None:
+def delete_checkpoints(
+    catalog: Catalog, drop: Iterable[CheckpointId], *, check: Callable[[], None] = lambda: None
+) -> None:
     """Remove checkpoints. Killed anywhere, each of them is either whole or does not exist.
 
     Args:
         catalog: The run. Must be as new as the decision.
         drop: What to remove. Only the newest attempt may ask for that, after its own commit is durable.
+        check: Called before each checkpoint goes; whatever it raises ends the deletion.
     """
     drop = set(drop)
     kept_paths = {
         file.path for manifest in _readable(catalog, set(catalog.committed) - drop) for file in manifest.files
     }
-    for checkpoint in sorted(drop):
+    # All manifests before any payload: what is to go may refer to files of something else that is to go. Files that are
+    # left over when this ends early are those of torn saves, and collected as such.
+    for checkpoint in sorted(drop, reverse=True):
+        check()
         catalog.storage.delete(manifest_key(checkpoint))
+    for checkpoint in sorted(drop):
         for name in sorted(catalog.files_of(checkpoint) - {"manifest.json"}):
             if checkpoint.folder + name not in kept_paths:
                 catalog.storage.delete(checkpoint.folder + name)
