@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ckptmgr.errors import StateMismatchError, UsageError
+from ckptmgr.state.batch_sizes import RecutBatches, batches_passed, recut_position
 from ckptmgr.state.generators import capture_generators, restore_generators
 from ckptmgr.state.loader_facts import (
     describe_loader,
@@ -28,6 +29,8 @@ __all__ = ["DataPosition", "OnResume"]
 
 _PROGRESS_EVERY_S = 10.0
 _VERSION = 1
+# Of a position in an epoch with several batch sizes: a reader of version 1 would take all for the last one.
+_RECUT_VERSION = 2
 
 
 class DataPosition(Iterator[Any]):
@@ -55,6 +58,9 @@ class DataPosition(Iterator[Any]):
     Whatever cannot be exact is said by name through ``notify``: changed workers, worker RNG that lived through earlier
     epochs (``persistent_workers=True``), ``in_order=False``, global random draws for each batch that come in between
     the training steps, and numbers kept on sampler or data set that differ from those of the run that saved.
+
+    With another batch size, a map-style ``DataLoader`` goes on with the samples that were not trained yet, in the order
+    of the interrupted epoch; that is said too. Other loaders are refused in mid-epoch.
 
     Args:
         loader: A ``DataLoader``, a loader with ``state_dict`` and ``load_state_dict``, any other iterable that can be
@@ -112,6 +118,7 @@ class DataPosition(Iterator[Any]):
         self._workers: dict[str, Any] | None = None
         self._generators: dict[str, AnyGenerator] = {}
         self._attributes_at_start: dict[str, Any] = {}
+        self._recut: Mapping[str, Any] | None = None
         self._pending: Mapping[str, Any] | None = None
         self._pending_rng: Mapping[str, Any] | None = None
         self._warn_of_inexact_loader()
@@ -187,7 +194,7 @@ class DataPosition(Iterator[Any]):
             return dict(self._pending)
         attributes = simple_attributes(self._loader)
         has_begun = self._epoch_start is not None
-        return {
+        position = {
             "version": _VERSION,
             "epoch": self.epoch,
             "batch": self.batch,
@@ -201,6 +208,7 @@ class DataPosition(Iterator[Any]):
             "reading_changes_dataset": has_begun and _of_dataset(attributes) != _of_dataset(self._attributes_at_start),
             "loader_state": self._loader_state() if has_begun else None,
         }
+        return position if self._recut is None else {**position, "version": _RECUT_VERSION, "recut": self._recut}
 
     def load_state_dict(self, state: Mapping[str, Any], *, rng: Mapping[str, Any] | None = None) -> None:
         """Go on from a saved position: checked now, carried out when the next batch is asked for.
@@ -213,7 +221,7 @@ class DataPosition(Iterator[Any]):
         Raises:
             UsageError: Batches were handed out already.
             StateMismatchError: The position is in mid-epoch and the loader is not the one of the run that saved: other
-                batch size, length, sampler or kind. Nothing was changed.
+                length, sampler or kind, or another batch size where that cannot be exact. Nothing was changed.
         """
         if self._iterator is not None or self._is_over:
             raise UsageError(
@@ -221,13 +229,17 @@ class DataPosition(Iterator[Any]):
                 why=f"batch {self.batch} of epoch {self.epoch} was handed out already",
                 next="make a new DataPosition, or restore before iterating",
             )
-        if state.get("version") != _VERSION:
+        if state.get("version") not in (_VERSION, _RECUT_VERSION):
             raise StateMismatchError(
                 f"a data position of version {state.get('version')} cannot be read",
-                why=f"this version reads {_VERSION}",
+                why=f"this version reads up to {_RECUT_VERSION}",
                 next="resume with the version of ckptmgr that saved it",
             )
         changed = differences(state["facts"], describe_loader(self._loader))
+        recut = recut_position(state, self._loader) if changed and not is_boundary(state) else None
+        if recut is not None:
+            state, changed = {**state, **recut[0]}, []
+            self._notify(recut[1])
         if changed and not is_boundary(state):
             raise StateMismatchError(
                 f"the loader is not the one that stood at batch {state['batch']} of epoch {state['epoch']}",
@@ -261,6 +273,7 @@ class DataPosition(Iterator[Any]):
         elif self._epochs is not None and self.epoch >= self._epochs:
             return False
         set_data_epoch(self._loader, self.epoch)
+        self._recut = None
         self._generators = generators_of(self._loader)
         self._attributes_at_start = simple_attributes(self._loader)
         self._epoch_start = {"rng": capture_rng(), "generators": capture_generators(self._generators)}
@@ -289,7 +302,7 @@ class DataPosition(Iterator[Any]):
         plan = plan_resume(state, self._loader, on_resume=self._on_resume)
         for message in plan.messages:
             self._notify(message)
-        self._workers = state["workers"]
+        self._workers, self._recut = state["workers"], state.get("recut")
         try:
             iterator = self._rebuild(state, plan.how)
         except BaseException:
@@ -335,13 +348,17 @@ class DataPosition(Iterator[Any]):
             # An epoch of workers that lived on began without the draw of a seed for new ones.
             lived_on = workers is not None and workers["are_reused"] and not keeps_workers(self._loader)
             before_first = functools.partial(self._put_epoch_start, state) if lived_on else None
-            skipped = skipping_loader(self._loader, self.batch, before_first=before_first)
+            passed = batches_passed(state)
+            skipped = skipping_loader(self._loader, passed, before_first=before_first, batches=self._recut_batches())
             iterator = iter(skipped)
             skipped.prime()
             if skipped.draws_per_batch:
                 self._say_draws("the sampler")
             return iterator
-        return self._replay()
+        return self._replay(batches_passed(state))
+
+    def _recut_batches(self) -> RecutBatches | None:
+        return None if self._recut is None else RecutBatches(self._loader.batch_sampler, self._recut["earlier"])
 
     def _put_epoch_start(self, state: Mapping[str, Any]) -> None:
         restore_rng(state["epoch_start"]["rng"])
@@ -353,16 +370,17 @@ class DataPosition(Iterator[Any]):
             restore_rng(state["workers"]["rng"])
         self._iterate()
 
-    def _replay(self) -> Iterator[Any]:
-        iterator = self._iterate()
+    def _replay(self, nbatches: int) -> Iterator[Any]:
+        batches = self._recut_batches()
+        iterator = self._iterate() if batches is None else iter(skipping_loader(self._loader, 0, batches=batches))
         after_first: dict[str, Any] | None = None
         reported_at = time.monotonic()
-        for done in range(self.batch):
+        for done in range(nbatches):
             try:
                 next(iterator)
             except StopIteration:
                 raise StateMismatchError(
-                    f"the loader ended after {done} batches, {self.batch} of epoch {self.epoch} were already trained",
+                    f"the loader ended after {done} batches, {nbatches} of epoch {self.epoch} were already trained",
                     why="the data are not those of the run that saved, or their order was not repeated",
                     next="resume with the data of that run, or from a checkpoint at the end of an epoch",
                 ) from None
@@ -370,7 +388,7 @@ class DataPosition(Iterator[Any]):
                 after_first = capture_rng()
             if time.monotonic() - reported_at > _PROGRESS_EVERY_S:
                 reported_at = time.monotonic()
-                self._notify(f"replayed {done + 1} of {self.batch} batches")
+                self._notify(f"replayed {done + 1} of {nbatches} batches")
         if after_first is not None and not same_rng(after_first, capture_rng()):
             self._say_draws("reading")
         return iterator

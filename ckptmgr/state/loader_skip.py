@@ -41,7 +41,11 @@ def why_not_skippable(loader: object) -> str | None:
 
 
 def skipping_loader(
-    loader: DataLoader[Any], nbatches: int, *, before_first: Callable[[], None] | None = None
+    loader: DataLoader[Any],
+    nbatches: int,
+    *,
+    before_first: Callable[[], None] | None = None,
+    batches: Iterable[Any] | None = None,
 ) -> SkippedLoader:
     """Return a view of ``loader`` whose next epoch starts after its first ``nbatches`` batches.
 
@@ -51,6 +55,7 @@ def skipping_loader(
         before_first: Called just before the sampler is asked for its first batch. Where this loader has workers and the
             one that the epoch began with had none, or the other way round, they ask at another place between other
             draws; the RNG of that place can be put here.
+        batches: What to ask for the epoch's batches instead of the loader's own index sampler.
 
     Returns:
         An iterable over the rest of one epoch.
@@ -68,7 +73,7 @@ def skipping_loader(
             why=reason,
             next="read the batches and discard them",
         )
-    return SkippedLoader(loader, nbatches, before_first)
+    return SkippedLoader(loader, nbatches, before_first, batches)
 
 
 class SkippedLoader:
@@ -85,11 +90,19 @@ class SkippedLoader:
         nbatches: How many batches are left out.
     """
 
-    def __init__(self, loader: DataLoader[Any], nbatches: int, before_first: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        nbatches: int,
+        before_first: Callable[[], None] | None = None,
+        batches: Iterable[Any] | None = None,
+    ) -> None:
         self.loader = loader
         self.nbatches = nbatches
         self._original = _index_sampler(loader)
-        self._sampler = _SkippingSampler(self._original, nbatches, before_first or _nothing)
+        self._sampler = _SkippingSampler(
+            self._original if batches is None else batches, nbatches, before_first or _nothing
+        )
 
     def __iter__(self) -> Iterator[Any]:
         loader: Any = self.loader

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from ckptmgr.state.batch_sizes import batches_passed
 from ckptmgr.state.loader_facts import describe_loader, differences, why_reading_may_differ
 
 __all__ = ["How", "OnResume", "ResumePlan", "is_boundary", "plan_resume"]
@@ -51,7 +52,7 @@ def plan_resume(state: Mapping[str, Any], loader: Any, *, on_resume: OnResume) -
         return ResumePlan("boundary")
     if state["is_last_batch"] and differences(saved, live):
         return ResumePlan("boundary")
-    why_only_read = _why_only_read(loader, state) if state["batch"] else None
+    why_only_read = _why_only_read(loader, state) if batches_passed(state) else None
     if why_only_read is not None:
         # The end of an epoch that has no batch left could only be reached by reading all of it.
         return ResumePlan("boundary") if state["is_last_batch"] else _replay(state, why_only_read)
@@ -94,7 +95,8 @@ def _plan_with_workers(
 
 
 def _replay(state: Mapping[str, Any], reason: str, messages: list[str] | None = None) -> ResumePlan:
-    cost = [f"replaying {state['batch']} batches of epoch {state['epoch']} because {reason}"] if state["batch"] else []
+    passed = batches_passed(state)
+    cost = [f"replaying {passed} batches of epoch {state['epoch']} because {reason}"] if passed else []
     return ResumePlan("replay", (*(messages or ()), *cost))
 
 

@@ -487,7 +487,6 @@ def test_replay_on_request_reads_again() -> None:
 
 def changed_loaders() -> dict[str, Factory]:
     return {
-        "batch_size is 4 in the checkpoint, 5": lambda: DataLoader(Augmented(), batch_size=5, shuffle=True),
         "dataset_length is 19 in the checkpoint, 18": lambda: DataLoader(
             Subset(Augmented(), range(18)), batch_size=BATCH, shuffle=True
         ),
