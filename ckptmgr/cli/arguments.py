@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 import click
 
 from ckptmgr.errors import UsageError
+from ckptmgr.progress import set_quiet
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.reference import URL_PREFIX, parse_reference
 from ckptmgr.storage.open import open_storage
 
-__all__ = ["OpenRun", "json_option", "open_run", "run_dir_argument"]
+__all__ = ["OpenRun", "json_option", "open_run", "quiet_option", "run_dir_argument"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,6 +42,17 @@ def run_dir_argument(metavar: str) -> Callable[[F], F]:
 def json_option() -> Callable[[F], F]:
     """``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+def quiet_option() -> Callable[[F], F]:
+    """``--quiet``."""
+    return click.option(
+        "--quiet",
+        is_flag=True,
+        expose_value=False,
+        callback=lambda context, parameter, value: set_quiet(value),
+        help="Print nothing on stderr but errors.",
+    )
 
 
 def open_run(text: str, *, command: str | None = None) -> OpenRun:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,8 +13,18 @@ from rich.table import Table
 from rich.text import Text
 
 from ckptmgr.cli.printable import printable
+from ckptmgr.progress import is_quiet
 
-__all__ = ["format_age", "format_metrics", "format_nbytes", "note", "print_json", "print_pairs", "print_table"]
+__all__ = [
+    "format_age",
+    "format_metrics",
+    "format_nbytes",
+    "note",
+    "print_json",
+    "print_pairs",
+    "print_table",
+    "show_log",
+]
 
 _WIDE = 10_000
 
@@ -64,6 +75,15 @@ def print_pairs(pairs: Mapping[str, str]) -> None:
 def note(text: str) -> None:
     """Print a remark on stderr."""
     print(printable(text), file=sys.stderr, flush=True)
+
+
+def show_log() -> None:
+    """Show what the managers log, line by line on stderr: each save, each resume, each warning."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("ckptmgr: %(message)s"))
+    logger = logging.getLogger("ckptmgr")
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING if is_quiet() else logging.INFO)
 
 
 def format_nbytes(nbytes: int) -> str:

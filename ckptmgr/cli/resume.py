@@ -1,51 +1,149 @@
-"""``ckptmgr resume``: start the recorded program again; its manager goes on where the run stopped."""
+"""``ckptmgr resume``: start a run again, where it stopped, with overrides or as a fork."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from ckptmgr.cli.arguments import OpenRun, json_option, open_run, run_dir_argument
-from ckptmgr.errors import ResumeRefusedError
-from ckptmgr.launch.start_record import StartRecord
+from ckptmgr.cli.arguments import OpenRun, json_option, open_run, quiet_option, run_dir_argument
+from ckptmgr.errors import ResumeRefusedError, UsageError
+from ckptmgr.run.reference import Reference
+
+if TYPE_CHECKING:
+    from ckptmgr.experiment.stored_run import StoredExperiment
+    from ckptmgr.launch.start_record import StartRecord
 
 __all__ = ["command"]
 
 
 @click.command(name="resume")
 @run_dir_argument("RUN_DIR[@REF]")
-@click.option("--print", "print_only", is_flag=True, help="Print the command instead of running it.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--to", metavar="NEW_DIR", help="Fork: copy the checkpoint into a new run, and go on there.")
+@click.option("--dry-run", is_flag=True, help="Print the configuration, and what it would build.")
+@click.option("--allow", multiple=True, metavar="PATTERN", help="Allow targets, such as my_pkg.*; may be repeated.")
+@click.option("--print", "print_only", is_flag=True, help="Print the command instead of running it. For scripts.")
 @click.option("--allow-command", is_flag=True, help="Run the recorded command although it is not of this project.")
+@quiet_option()
 @json_option()
-def command(reference: str, print_only: bool, allow_command: bool, as_json: bool) -> None:
+def command(
+    reference: str,
+    overrides: Sequence[str],
+    to: str | None,
+    dry_run: bool,
+    allow: Sequence[str],
+    print_only: bool,
+    allow_command: bool,
+    as_json: bool,
+) -> None:
     """Start a run again, where it stopped, or from one of its checkpoints (RUN_DIR@REF).
 
-    Runs the recorded program if it lies in the current project, with this Python, in this environment. The exit code is
-    that of the program. With --json, prints the command and does not run it.
+    A run that `ckptmgr run` started is built again from its own configuration, with overrides where they are given. For
+    any other, the recorded script is run if it lies in the current project, with this Python, in this environment; the
+    exit code is that of the script. With --json, prints the command and does not run it.
     """
+    from ckptmgr.experiment.stored_run import read_experiment
+
+    run = open_run(reference)
+    manifest = None if run.selector is None else run.catalog.resolve(run.selector)
+    # Who goes back to a checkpoint wants it as it was trained, not as what came after it was configured.
+    is_older = manifest is not None and run.selector != "latest"
+    stored = read_experiment(run.catalog, attempt=manifest.attempt if is_older and manifest else None)
+    if stored is None:
+        _refuse_for_scripts(run, overrides, dry_run=dry_run)
+        _relaunch(run, to, print_only=print_only, allow_command=allow_command, as_json=as_json)
+    else:
+        _train(run, stored, overrides, to, dry_run=dry_run or print_only, allow=allow, as_json=as_json)
+
+
+def _train(
+    run: OpenRun,
+    stored: StoredExperiment,
+    overrides: Sequence[str],
+    to: str | None,
+    *,
+    dry_run: bool,
+    allow: Sequence[str],
+    as_json: bool,
+) -> None:
+    from ckptmgr.cli.output import note
+    from ckptmgr.cli.training import enter_project, print_plan, train_and_report
+    from ckptmgr.experiment.plan import apply_to_slots, make_plan
+    from ckptmgr.experiment.stored_run import read_experiment
+    from ckptmgr.instantiate.allow_list import AllowList
+
+    enter_project(Path.cwd())
+    plan = make_plan(
+        apply_to_slots(stored.config, overrides),
+        where=f"the configuration of {run.run_dir}",
+        allow=AllowList.gather(cwd=Path.cwd(), extra=allow),
+    )
+    if plan.config.get("run_dir") != stored.config.get("run_dir"):
+        raise UsageError(
+            "run_dir cannot be overridden in a resume",
+            why=f"the run goes on where it is, in {run.run_dir}",
+            next=f"ckptmgr resume {run.run_dir} --to {plan.config.get('run_dir')} forks it into another directory",
+        )
+    newest = read_experiment(run.catalog) or stored
+    changes = plan.changes_since(newest.config)
+    if dry_run:
+        for change in changes:
+            note(f"changed since the last start: {change}")
+        print_plan(plan, (), as_json=as_json)
+        return
+    selector = run.selector or "latest"
+    train_and_report(
+        plan,
+        run_dir=run.run_dir if to is None else to,
+        # A run that was killed before its first save has nothing to resume, and starts again.
+        resume="must" if to is not None else "auto" if selector == "latest" else selector,
+        fork_from=None if to is None else Reference(run.run_dir, selector),
+        source=None,
+        overrides=overrides,
+        changes=changes,
+        as_json=as_json,
+    )
+
+
+def _relaunch(run: OpenRun, to: str | None, *, print_only: bool, allow_command: bool, as_json: bool) -> None:
     from ckptmgr.cli.output import note, print_json
     from ckptmgr.launch.relaunch import relaunch_command, start
 
-    run = open_run(reference)
-    if run.selector is not None:
-        run.catalog.resolve(run.selector)
+    selector = run.selector or "latest"
     relaunch = relaunch_command(
         _newest_start(run),
-        run_dir=run.run_dir,
+        run_dir=run.run_dir if to is None else to,
         cwd=Path.cwd(),
-        selector=run.selector or "latest",
+        selector=selector if to is None else "latest",
         allow_command=allow_command,
     )
     for remark in relaunch.notes:
         note(remark)
     if as_json:
         print_json({"argv": relaunch.argv, "cwd": str(relaunch.cwd), "env": relaunch.env, "notes": relaunch.notes})
-    elif print_only:
+        return
+    if print_only:
         print(relaunch.shell_line)
-    else:
-        note(relaunch.shell_line)
-        start(relaunch)
+        return
+    if to is not None:
+        from ckptmgr.fork import fork_run
+
+        fork_run(Reference(run.run_dir, selector), to)
+        note(f"forked {run.run_dir}@{selector} to {to}")
+    note(relaunch.shell_line)
+    start(relaunch)
+
+
+def _refuse_for_scripts(run: OpenRun, overrides: Sequence[str], *, dry_run: bool) -> None:
+    if overrides or dry_run:
+        raise UsageError(
+            f"{run.run_dir} has no configuration to {'override' if overrides else 'show'}",
+            why="it was started from a script, and not by `ckptmgr run`",
+            next=f"change the script, and `ckptmgr resume {run.run_dir}`; --print shows what that would start",
+        )
 
 
 def _newest_start(run: OpenRun) -> StartRecord:

@@ -1,29 +1,45 @@
-"""``ckptmgr show``: one checkpoint in full, or a run and its attempts."""
+"""``ckptmgr show``: one checkpoint in full, a run's story, its configuration, or several runs side by side."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import click
 
-from ckptmgr.cli.arguments import OpenRun, json_option, open_run, run_dir_argument
+from ckptmgr.cli.arguments import OpenRun, json_option, open_run, quiet_option
 from ckptmgr.cli.listing import AttemptSummary, explain, read_attempts
-from ckptmgr.format.manifest import Manifest, metric_to_value
+from ckptmgr.cli.story import tell_story
+from ckptmgr.errors import CheckpointNotFoundError, CkptmgrError, UsageError
+from ckptmgr.format.layout import attempt_key
+from ckptmgr.format.manifest import Manifest, RunMarker, metric_to_value
+from ckptmgr.run.catalog import Catalog
 
 __all__ = ["command"]
 
 
 @click.command(name="show")
-@run_dir_argument("RUN_DIR[@REF]")
+@click.argument("references", metavar="RUN_DIR[@REF]...", nargs=-1, required=True)
+@click.option("--config", "which", flag_value="config", help="Print the configuration that it was built from.")
+@click.option("--resolved", "which", flag_value="resolved", help="The same, with everything in it resolved.")
+@quiet_option()
 @json_option()
-def command(reference: str, as_json: bool) -> None:
-    """Show one checkpoint (RUN_DIR@REF), or a run and its process starts (RUN_DIR)."""
-    run = open_run(reference)
-    if run.selector is None:
-        _show_run(run, as_json=as_json)
+def command(references: Sequence[str], which: Literal["config", "resolved"] | None, as_json: bool) -> None:
+    """Show one checkpoint (RUN_DIR@REF), the story of a run (RUN_DIR), or what sets several runs apart (RUN_DIR...)."""
+    runs = [open_run(reference) for reference in references]
+    if which is not None and len(runs) == 1:
+        _print_config(runs[0], which, as_json=as_json)
+    elif which is not None:
+        raise UsageError(f"--{which} is about one run", next=f"ckptmgr show --{which} {references[0]}")
+    elif len(runs) > 1:
+        from ckptmgr.cli.compare import print_comparison
+
+        print_comparison(runs, as_json=as_json)
+    elif runs[0].selector is None:
+        _show_run(runs[0], as_json=as_json)
     else:
-        _show_checkpoint(run, run.catalog.resolve(run.selector), as_json=as_json)
+        _show_checkpoint(runs[0], runs[0].catalog.resolve(runs[0].selector), as_json=as_json)
 
 
 def _show_checkpoint(run: OpenRun, manifest: Manifest, *, as_json: bool) -> None:
@@ -120,23 +136,30 @@ def _entries(manifest: Manifest) -> list[dict[str, Any]]:
 def _show_run(run: OpenRun, *, as_json: bool) -> None:
     import msgspec
 
-    from ckptmgr.cli.output import note, print_json, print_pairs, print_table
+    from ckptmgr.cli.listing import list_run
+    from ckptmgr.cli.output import format_metrics, note, print_json, print_pairs, print_table
     from ckptmgr.launch.relaunch import shell_line
 
     attempts = read_attempts(run.catalog)
-    marker = run.catalog.marker
+    listing = list_run(run.catalog)
+    marker = _marker(run.catalog)
+    parent = marker.parent if marker else None
+    chapters = tell_story(run.catalog, attempts, parent=parent, is_alive=_is_alive(attempts))
     if as_json:
         print_json(
             {
                 "run_dir": run.catalog.storage.url,
-                "run_id": marker.run_id,
-                "created_at": marker.created_at,
-                "parent": marker.parent,
+                "run_id": run.catalog.run_id,
+                "created_at": marker.created_at if marker else None,
+                "parent": parent,
                 "ncheckpoints": len(run.catalog.committed),
                 "attempts": [
                     {
                         "number": attempt.number,
-                        "outcome": _outcome(attempt),
+                        "began": chapter.began,
+                        "changes": list(chapter.changes),
+                        "outcome": chapter.ended,
+                        "nsaved": chapter.nsaved,
                         "claim": msgspec.to_builtins(attempt.claim),
                         "line": msgspec.to_builtins(attempt.line),
                         "start": msgspec.to_builtins(attempt.start),
@@ -144,54 +167,83 @@ def _show_run(run: OpenRun, *, as_json: bool) -> None:
                         "end": msgspec.to_builtins(attempt.end),
                         "problems": [explain(problem) for problem in attempt.problems],
                     }
-                    for attempt in attempts
+                    for attempt, chapter in zip(attempts, chapters, strict=True)
                 ],
             }
         )
         return
+    latest = next((summary for summary in listing.checkpoints if summary.is_latest), None)
+    best = next((summary for summary in listing.checkpoints if summary.best_of), None)
+    saved = [str(len(listing.checkpoints))]
+    if latest is not None:
+        saved.append(f"newest step {latest.step}")
+    if best is not None and best.best_of:
+        saved.append(f"best {format_metrics({best.best_of: best.metrics.get(best.best_of)})} at step {best.step}")
     print_pairs(
         {
-            "run": f"{run.catalog.storage.url} ({marker.run_id})",
-            "created": marker.created_at,
-            "checkpoints": str(len(run.catalog.committed)),
+            "run": f"{run.catalog.storage.url} ({run.catalog.run_id})",
+            "created": marker.created_at if marker else "",
+            "forked from": parent or "",
+            "configuration": _source(attempts),
+            "checkpoints": ", ".join(saved),
         }
     )
     print()
     print_table(
-        ["attempt", "started", "host", "continues", "outcome", "code", "command"],
+        ["attempt", "time", "began", "changed", "ended", "checkpoints", "host", "code", "command"],
         [
             [
-                str(attempt.number),
+                str(chapter.number),
                 attempt.claim.claimed_at if attempt.claim else "?",
+                chapter.began,
+                "; ".join(chapter.changes),
+                chapter.ended,
+                str(chapter.nsaved or ""),
                 f"{attempt.claim.host}:{attempt.claim.pid}" if attempt.claim else "?",
-                _continues(attempt),
-                _outcome(attempt),
                 _code(attempt),
                 shell_line(attempt.start.argv) if attempt.start else "",
             ]
-            for attempt in attempts
+            for attempt, chapter in zip(attempts, chapters, strict=True)
         ],
-        right=["attempt"],
+        right=["attempt", "checkpoints"],
     )
     for attempt in attempts:
         for problem in attempt.problems:
             note(f"attempt {attempt.number}: {explain(problem)}")
 
 
-def _continues(attempt: AttemptSummary) -> str:
-    if attempt.line is None:
-        return ""
-    continues = attempt.line.continues
-    return "nothing" if continues is None else f"step {continues.step} of attempt {continues.attempt}"
+def _marker(catalog: Catalog) -> RunMarker | None:
+    try:
+        return catalog.marker
+    except CkptmgrError:
+        # The manifests tell which run it is; when it was created is not worth an error.
+        return None
 
 
-def _outcome(attempt: AttemptSummary) -> str:
-    if attempt.end is None:
-        return "running or killed"
-    step = "" if attempt.end.step is None else f" at step {attempt.end.step}"
-    # The first line says what happened; --json has all of them. An exception without a message leaves its colon.
-    error = (attempt.end.error or "").partition("\n")[0].rstrip(": ")
-    return f"{attempt.end.outcome}{step}" + (f": {error}" if error else "")
+def _source(attempts: Sequence[AttemptSummary]) -> str:
+    sources = [attempt.start.experiment.source for attempt in attempts if attempt.start and attempt.start.experiment]
+    named = [source for source in sources if source]
+    return (named[-1] if named else "its own") + " (--config prints it)" if sources else ""
+
+
+def _print_config(run: OpenRun, which: Literal["config", "resolved"], *, as_json: bool) -> None:
+    from ckptmgr.cli.output import print_json
+
+    manifest = None if run.selector in (None, "latest") else run.catalog.resolve(run.selector or "latest")
+    numbers = [manifest.attempt] if manifest else sorted(run.catalog.attempts, reverse=True)
+    for number in numbers:
+        if which in run.catalog.attempts.get(number, ()):
+            text = run.catalog.storage.read(attempt_key(number, which)).decode(errors="replace")
+            if as_json:
+                print_json({"run_dir": run.catalog.storage.url, "attempt": number, which: text})
+            else:
+                print(text, end="")
+            return
+    raise CheckpointNotFoundError(
+        f"{run.run_dir} has no configuration",
+        why="it was not started by `ckptmgr run`" if manifest is None else f"attempt {manifest.attempt} recorded none",
+        next=f"ckptmgr show {run.run_dir} tells how it was started",
+    )
 
 
 def _code(attempt: AttemptSummary) -> str:
@@ -199,3 +251,17 @@ def _code(attempt: AttemptSummary) -> str:
     if git is None or git.commit is None:
         return ""
     return git.commit[:10] + (" (changed)" if git.is_dirty else "")
+
+
+def _is_alive(attempts: Sequence[AttemptSummary]) -> bool:
+    import os
+    import socket
+
+    newest = attempts[-1] if attempts else None
+    if newest is None or newest.end or newest.claim is None or newest.claim.host != socket.gethostname():
+        return False
+    try:
+        os.kill(newest.claim.pid, 0)
+    except OSError:
+        return False
+    return True

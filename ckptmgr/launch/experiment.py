@@ -25,7 +25,7 @@ class ExperimentRecord(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=
         config_digest: Of ``config.yaml`` beside the record, as text.
         resolved_digest: Of ``resolved.yaml``.
         overrides: As they were typed at this start, without secrets.
-        changes: How the configuration differs from the one before it in this run: key, and the values as text.
+        changes: How the configuration differs from the one before it in this run, in words, without secrets.
         redacted: Keys whose values are secret and were not stored.
     """
 
@@ -33,7 +33,7 @@ class ExperimentRecord(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=
     config_digest: str
     resolved_digest: str
     overrides: tuple[str, ...] = ()
-    changes: tuple[tuple[str, str, str], ...] = ()
+    changes: tuple[str, ...] = ()
     redacted: tuple[str, ...] = ()
 
 

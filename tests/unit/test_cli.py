@@ -155,11 +155,15 @@ def test_what_stands_in_a_run_cannot_write_over_the_terminal(run_dir: Path, caps
 def test_show_of_a_run_tells_its_attempts_and_how_they_ended(run_dir: Path, capsys: Output) -> None:
     assert run(["show", str(run_dir)]) == 0
     table = capsys.readouterr().out
-    assert "running or killed" in table
-    assert "step 200 of attempt 1" in table
+    assert "killed after step 300 was saved" in table
+    assert "went back to step 200" in table
     assert "preempted at step 250" in table
     _, document = printed_json(run_dir, "show", capsys)
-    assert [attempt["outcome"] for attempt in document["attempts"]] == ["running or killed", "preempted at step 250"]
+    assert [attempt["outcome"] for attempt in document["attempts"]] == [
+        "killed after step 300 was saved",
+        "preempted at step 250",
+    ]
+    assert [attempt["began"] for attempt in document["attempts"]] == ["started", "went back to step 200"]
     assert document["attempts"][0]["start"]["versions"]["ckptmgr"]
     assert document["ncheckpoints"] == 4
 
@@ -260,7 +264,7 @@ def test_nothing_to_verify_is_not_found(tmp_path: Path) -> None:
 # Wrong input
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS))
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"run"}))
 def test_what_is_no_run_is_told_in_three_lines(tmp_path: Path, capsys: Output, command: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
@@ -352,7 +356,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS))
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"run"}))
 def test_no_command_imports_torch(run_dir: Path, command: str) -> None:
     options = ["--print", "--allow-command"] if command == "resume" else []
     for arguments in ([command, "--help"], [command, str(run_dir), *options], [command, "/nowhere"]):

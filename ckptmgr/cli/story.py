@@ -1,0 +1,114 @@
+"""The story of a run, attempt by attempt: started, killed, resumed with another learning rate, gone back, finished."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ckptmgr.cli.listing import AttemptSummary
+from ckptmgr.format.layout import CheckpointId
+from ckptmgr.run.catalog import Catalog
+
+__all__ = ["Chapter", "tell_story"]
+
+_MAX_CHANGES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Chapter:
+    """What one attempt did.
+
+    Attributes:
+        number: The attempt.
+        began: How it came in, in words.
+        changes: What was changed for it, in words.
+        ended: How it went out, in words.
+        nsaved: How many of its checkpoints are still there.
+        last_step: Of the newest of them.
+    """
+
+    number: int
+    began: str
+    changes: tuple[str, ...]
+    ended: str
+    nsaved: int
+    last_step: int | None
+
+
+def tell_story(
+    catalog: Catalog, attempts: list[AttemptSummary], *, parent: str | None, is_alive: bool
+) -> list[Chapter]:
+    """Tell what each attempt of a run did, oldest first.
+
+    Args:
+        catalog: The run.
+        attempts: Its attempts, oldest first.
+        parent: The checkpoint that the run was forked from.
+        is_alive: The process of the newest attempt is running.
+    """
+    return [
+        _chapter(
+            catalog,
+            attempt,
+            parent=parent if index == 0 else None,
+            is_first=not any(earlier.line for earlier in attempts[:index]),
+            is_alive=is_alive and index == len(attempts) - 1,
+            is_newest=index == len(attempts) - 1,
+        )
+        for index, attempt in enumerate(attempts)
+    ]
+
+
+def _chapter(
+    catalog: Catalog, attempt: AttemptSummary, *, parent: str | None, is_first: bool, is_alive: bool, is_newest: bool
+) -> Chapter:
+    own = [checkpoint for checkpoint in catalog.committed if checkpoint.attempt == attempt.number]
+    last_step = own[-1].step if own else None
+    experiment = attempt.start.experiment if attempt.start else None
+    changes = experiment.changes if experiment else ()
+    if len(changes) > _MAX_CHANGES:
+        changes = (*changes[:_MAX_CHANGES], f"and {len(changes) - _MAX_CHANGES} more")
+    return Chapter(
+        number=attempt.number,
+        began=f"forked from {parent}" if parent else _began(catalog, attempt, is_first=is_first),
+        changes=changes,
+        ended=_ended(attempt, last_step, is_alive=is_alive, is_newest=is_newest),
+        nsaved=len(own),
+        last_step=last_step,
+    )
+
+
+def _began(catalog: Catalog, attempt: AttemptSummary, *, is_first: bool) -> str:
+    if attempt.line is None:
+        return "did not train"
+    continues = attempt.line.continues
+    if continues is None:
+        return "started" if is_first else "started anew"
+    try:
+        origin = CheckpointId.parse(continues.checkpoint)
+    except ValueError:
+        return f"resumed at step {continues.step}"
+    left_behind = [
+        id
+        for id in catalog.committed
+        if (origin.attempt, origin.step, origin.save) < (id.attempt, id.step, id.save) and id.attempt < attempt.number
+    ]
+    return f"{'went back to' if left_behind else 'resumed at'} step {continues.step}"
+
+
+def _ended(attempt: AttemptSummary, last_step: int | None, *, is_alive: bool, is_newest: bool) -> str:
+    if attempt.end is None:
+        if is_alive:
+            return "running"
+        where = "" if last_step is None else f" after step {last_step} was saved"
+        # Of the newest, on another machine, nobody can tell.
+        return f"killed, or running elsewhere{where}" if is_newest and not _is_here(attempt) else f"killed{where}"
+    step = "" if attempt.end.step is None else f" at step {attempt.end.step}"
+    # The first line says what happened; --json has all of them. An exception without a message leaves its colon.
+    error = (attempt.end.error or "").partition("\n")[0].rstrip(": ")
+    return f"{attempt.end.outcome}{step}" + (f": {error}" if error else "")
+
+
+def _is_here(attempt: AttemptSummary) -> bool:
+    import socket
+
+    return attempt.claim is not None and attempt.claim.host == socket.gethostname()

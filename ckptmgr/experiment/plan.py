@@ -1,0 +1,107 @@
+"""From a configuration to a plan: resolved, its shape checked, every target allowed. Nothing is imported or built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ckptmgr.config.changes import Change, changes_between
+from ckptmgr.config.overrides import apply_overrides
+from ckptmgr.config.references import unused_keys
+from ckptmgr.config.resolving import resolve
+from ckptmgr.config.stored import StoredConfig, config_to_store, refuse_redacted
+from ckptmgr.config.yaml_source import parse_config
+from ckptmgr.experiment.slots import DEFAULTS, SLOTS, Kind, check_slots
+from ckptmgr.instantiate.allow_list import AllowList
+from ckptmgr.instantiate.targets import Target, check_targets, find_targets
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+__all__ = ["Plan", "apply_to_slots", "make_plan", "without_empty_slots"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An experiment that may be built.
+
+    Attributes:
+        kind: ``lightning`` or ``plain``.
+        config: The configuration, unresolved.
+        tree: The same, resolved, as plain containers; every slot is there.
+        targets: Every target in it, by key.
+        allow: What allowed them.
+        stored: What may be written of the configuration.
+    """
+
+    kind: Kind
+    config: DictConfig
+    tree: Mapping[str, Any]
+    targets: tuple[Target, ...]
+    allow: AllowList
+    stored: StoredConfig
+
+    def changes_since(self, older: DictConfig) -> list[Change]:
+        """Return how the configuration differs from an older one. Where the run lies is no difference."""
+        # As it is stored: a secret that was taken out is no difference.
+        mine = parse_config(self.stored.config, where="the configuration")
+        return [change for change in changes_between(older, mine) if change.key not in ("run_dir", "name")]
+
+
+def make_plan(config: DictConfig, *, where: str, allow: AllowList, known: Sequence[str] = ()) -> Plan:
+    """Check all of a configuration that can be checked without importing what it names.
+
+    Args:
+        config: Composed, unresolved.
+        where: Its name, for messages.
+        allow: Which targets may be used.
+        known: Further keys at its top that are right although nothing refers to them.
+
+    Raises:
+        ConfigError: It cannot be meant as it was written.
+        NotAllowedError: It names code that nobody has allowed.
+    """
+    config = without_empty_slots(config)
+    refuse_redacted(config, where=where)
+    tree = {**DEFAULTS, **resolve(config, where=where)}
+    kind = check_slots(tree, unused=unused_keys(config, SLOTS | set(known)))
+    targets = tuple(find_targets({slot: tree[slot] for slot in DEFAULTS}))
+    check_targets(targets, allow)
+    return Plan(kind, config, tree, targets, allow, config_to_store(config))
+
+
+def apply_to_slots(
+    config: DictConfig, overrides: Sequence[str], values: Mapping[str, object] | None = None
+) -> DictConfig:
+    """Apply overrides to a configuration in which every slot may be set, whether or not the file names it.
+
+    Args:
+        config: Composed, unresolved.
+        overrides: As they were typed.
+        values: Slots to set besides, as they are.
+
+    Raises:
+        ConfigError: An override does not parse, or names what is not there.
+    """
+    from omegaconf import DictConfig, OmegaConf
+
+    every_slot = OmegaConf.merge(OmegaConf.create(dict(DEFAULTS)), config)
+    OmegaConf.set_struct(every_slot, True)
+    assert isinstance(every_slot, DictConfig)
+    changed = apply_overrides(every_slot, overrides)
+    for key, value in (values or {}).items():
+        OmegaConf.update(changed, key, value)
+    return without_empty_slots(changed)
+
+
+def without_empty_slots(config: DictConfig) -> DictConfig:
+    """Return the configuration without slots that are null: they say nothing."""
+    from omegaconf import OmegaConf
+
+    texts = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(texts, dict)
+    kept = [str(key) for key, value in texts.items() if value is not None or key not in SLOTS]
+    fuller = OmegaConf.masked_copy(config, kept)
+    OmegaConf.set_struct(fuller, True)
+    return fuller

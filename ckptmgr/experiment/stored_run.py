@@ -1,0 +1,102 @@
+"""The configuration that a run was last built from, read back from its directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckptmgr.config.yaml_source import parse_config
+from ckptmgr.errors import CkptmgrError, CorruptCheckpointError
+from ckptmgr.format.layout import attempt_key
+from ckptmgr.format.record import decode_record
+from ckptmgr.launch.experiment import ExperimentRecord, document_digest
+from ckptmgr.launch.start_record import StartRecord
+from ckptmgr.run.catalog import Catalog
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+__all__ = ["StoredExperiment", "read_experiment"]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredExperiment:
+    """A configuration as a run holds it.
+
+    Attributes:
+        attempt: The start that was built from it.
+        text: As it is stored.
+        config: Parsed, unresolved.
+        record: What the start says about it.
+    """
+
+    attempt: int
+    text: str
+    config: DictConfig
+    record: ExperimentRecord
+
+
+def read_experiment(catalog: Catalog, *, attempt: int | None = None) -> StoredExperiment | None:
+    """Return the configuration of an attempt, or the newest one; None if the run was not built from a configuration.
+
+    Args:
+        catalog: The run.
+        attempt: The attempt that wrote the checkpoint to go on from; None for the newest that trained.
+
+    Raises:
+        CorruptCheckpointError: The configuration is damaged. It is what everything is built from, so no other is used
+            in its place without being asked.
+        FormatVersionError: It was written by a newer version.
+    """
+    for number in _candidates(catalog, attempt):
+        start = _start(catalog, number)
+        if start is None or start.experiment is None:
+            continue
+        return _read(catalog, number, start.experiment)
+    return None
+
+
+def _candidates(catalog: Catalog, attempt: int | None) -> Iterator[int]:
+    if attempt is not None:
+        yield attempt
+        return
+    newest_first = sorted(catalog.attempts, reverse=True)
+    # One that never began to train (it was refused, or only looked into the run) does not stand for it.
+    trained = [number for number in newest_first if "line" in catalog.attempts[number]]
+    yield from trained or newest_first
+
+
+def _start(catalog: Catalog, attempt: int) -> StartRecord | None:
+    key = attempt_key(attempt, "start")
+    try:
+        return decode_record(catalog.storage.read(key), StartRecord, where=key)
+    except FileNotFoundError:
+        return None
+    except CorruptCheckpointError:
+        if "config" in catalog.attempts[attempt]:
+            raise
+        return None
+
+
+def _read(catalog: Catalog, attempt: int, record: ExperimentRecord) -> StoredExperiment:
+    key = attempt_key(attempt, "config")
+    try:
+        data = catalog.storage.read(key)
+        text = data.decode()
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise _damaged(catalog, key, "it is missing" if isinstance(error, FileNotFoundError) else str(error)) from error
+    if document_digest(text) != record.config_digest:
+        raise _damaged(catalog, key, "its text does not match its digest")
+    try:
+        return StoredExperiment(attempt, text, parse_config(text, where=key), record)
+    except CkptmgrError as error:
+        raise _damaged(catalog, key, error.why or error.what) from error
+
+
+def _damaged(catalog: Catalog, key: str, why: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"{key} of {catalog.storage.url} is damaged",
+        why=why,
+        next=f"name the configuration: ckptmgr run CONFIG run_dir={catalog.storage.url}",
+    )

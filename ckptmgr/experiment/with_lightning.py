@@ -1,0 +1,133 @@
+"""A Lightning experiment: model, data, callbacks, loggers and Trainer from a plan, and one ``fit``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ckptmgr.experiment.construct import Construction, Part, by_name, class_of
+from ckptmgr.experiment.forking import fork_if_it_fits
+from ckptmgr.experiment.plan import Plan
+from ckptmgr.experiment.slots import slot_error
+from ckptmgr.launch.run_directory import absolute
+from ckptmgr.lightning.assemble import check_model
+from ckptmgr.lightning.callback import CheckpointManager
+from ckptmgr.run.reference import Reference
+
+__all__ = ["check", "train"]
+
+_TREES = ("lightning.pytorch", "pytorch_lightning")
+_SCHEDULE_KEYS = ("_interval_", "_frequency_", "_monitor_")
+
+
+def check(plan: Plan) -> None:
+    """Import everything that a plan names and check that it can be built. Nothing is built.
+
+    Raises:
+        ConfigError, NotAllowedError: Something cannot be built.
+    """
+    module = importlib.import_module(_tree_of(plan))
+    Construction(plan, _parts(plan, module, root="."))
+
+
+def train(plan: Plan, *, run_dir: str, resume: str, fork_from: Reference | None = None) -> None:
+    """Build everything and fit.
+
+    Args:
+        plan: A plan of kind ``lightning``.
+        run_dir: Where the run lies.
+        resume: As the manager's.
+        fork_from: A checkpoint that is first copied there, if it fits.
+
+    Raises:
+        ConfigError: Something cannot be built. Nothing was claimed.
+        StateMismatchError: The checkpoint does not fit what was built. Nothing was claimed.
+    """
+    module = importlib.import_module(_tree_of(plan))
+    making = Construction(plan, _parts(plan, module, root=absolute(run_dir)))
+    if plan.tree["seed"] is not None:
+        module.seed_everything(plan.tree["seed"], workers=True, verbose=False)
+    model = making.one("model")
+    data, loaders = making.one("data"), making.several("loaders")
+    if plan.tree["optimizer"] is not None:
+        # As if the module had written it: built when the Trainer asks, when the parameters are where they will stay.
+        model.configure_optimizers = lambda: _optimizers(plan, making, model)
+    manager = making.one("checkpoint", run_dir=run_dir, resume=resume, on_changed_options="apply")
+    callbacks, loggers = making.several("callbacks"), making.several("loggers")
+    given = {} if plan.tree["loggers"] is None else {"logger": list(loggers.values())}
+    trainer = making.one("trainer", callbacks=[*callbacks.values(), manager], **given)
+    if fork_from is not None:
+        fork_if_it_fits(fork_from, run_dir, check=lambda loaded: check_model(model, loaded))
+    trainer.fit(model, loaders.get("train"), loaders.get("val"), datamodule=data)
+
+
+def _parts(plan: Plan, module: Any, *, root: str) -> list[Part]:
+    name, tree = module.__name__, plan.tree
+    scheduler = tree["scheduler"]
+    if scheduler is not None:
+        scheduler = {key: value for key, value in scheduler.items() if key not in _SCHEDULE_KEYS}
+    trainer = {"_target_": f"{name}.Trainer", "default_root_dir": root, **tree["trainer"]}
+    for argument, slot in (("callbacks", "callbacks"), ("logger", "loggers")):
+        if isinstance(trainer.get(argument), list | Mapping):
+            raise slot_error(f"trainer.{argument}", f"the slot for it is {slot!r}", f"move it there: {slot}: …")
+    loggers = by_name(tree["loggers"] or None)
+    return [
+        Part("model", module.LightningModule, f"a {name}.LightningModule", tree["model"]),
+        Part("data", module.LightningDataModule, f"a {name}.LightningDataModule", tree["data"]),
+        Part("loaders", None, "", tree["loaders"], is_several=True),
+        Part("optimizer", torch.optim.Optimizer, "a torch.optim.Optimizer", tree["optimizer"], n_args=1),
+        Part("scheduler", torch.optim.lr_scheduler.LRScheduler, "an LRScheduler of torch.optim", scheduler, n_args=1),
+        Part(
+            "checkpoint",
+            CheckpointManager,
+            "a ckptmgr.CheckpointManager",
+            {"_target_": "ckptmgr.CheckpointManager", **(tree["checkpoint"] or {})},
+            extra=("run_dir", "resume", "on_changed_options"),
+        ),
+        Part("callbacks", module.Callback, f"a {name}.Callback", by_name(tree["callbacks"]), is_several=True),
+        Part(
+            "loggers",
+            importlib.import_module(f"{name}.loggers").Logger,
+            f"a logger of {name}",
+            loggers and {key: _beside_the_run(plan, f"loggers.{key}", node, root) for key, node in loggers.items()},
+            is_several=True,
+        ),
+        Part(
+            "trainer",
+            module.Trainer,
+            f"a {name}.Trainer",
+            trainer,
+            extra=("callbacks",) if tree["loggers"] is None else ("callbacks", "logger"),
+        ),
+    ]
+
+
+def _tree_of(plan: Plan) -> str:
+    """Say which of its two packages Lightning is used from: what the trainer says, else what the model is made of."""
+    named = plan.tree["trainer"].get("_target_")
+    if isinstance(named, str):
+        return _TREES[1] if named.startswith("pytorch_lightning.") else _TREES[0]
+    model = class_of(plan, "model", plan.tree["model"])
+    ancestors = inspect.getmro(model) if inspect.isclass(model) else ()
+    is_other = any(base.__module__.startswith("pytorch_lightning.") for base in ancestors)
+    return _TREES[1] if is_other else _TREES[0]
+
+
+def _beside_the_run(plan: Plan, key: str, node: Mapping[str, Any] | None, root: str) -> Mapping[str, Any] | None:
+    """Let a logger write into the run directory, unless the configuration says where."""
+    if node is None or "save_dir" in node or "_args_" in node:
+        return node
+    takes = inspect.signature(class_of(plan, key, node)).parameters
+    return {**node, "save_dir": root} if "save_dir" in takes else node
+
+
+def _optimizers(plan: Plan, making: Construction, model: torch.nn.Module) -> Any:
+    optimizer = making.one("optimizer", model.parameters())
+    if plan.tree["scheduler"] is None:
+        return optimizer
+    schedule = {key.strip("_"): plan.tree["scheduler"][key] for key in _SCHEDULE_KEYS if key in plan.tree["scheduler"]}
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": making.one("scheduler", optimizer), **schedule}}
