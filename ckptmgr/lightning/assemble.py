@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ckptmgr.errors import StateMismatchError, UnsupportedStateError, UsageError
+from ckptmgr.lightning.loggers import log_positions
 from ckptmgr.lightning.trainer_metrics import capture_metrics
 from ckptmgr.loading import LoadedCheckpoint
 from ckptmgr.state.codec import EntryEncoder
@@ -79,6 +80,8 @@ def capture_entries(
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     tree["lr_schedulers"] = [_scheduler_handler(scheduler).capture(scheduler, names) for scheduler in schedulers]
     tree["metrics"] = capture_metrics(trainer)
+    if trainer.loggers:
+        tree["loggers"] = log_positions(trainer.loggers)
     tree["validation_names"] = sorted(validation_names)
     handler = OptimizerHandler()
     optimizers = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ckptmgr.errors import UsageError
+from ckptmgr.lightning.before_setup import announce_setup
 from ckptmgr.lightning.compat import TREES, check_version, imported_trees, module_of, tree_of
 
 __all__ = ["tree_for", "with_lightning_base"]
@@ -28,6 +29,7 @@ def with_lightning_base(cls: type[Any]) -> type[Any]:
 def _derive(cls: type[Any], trees: tuple[str, ...]) -> type[Any]:
     for tree in trees:
         check_version(tree)
+        announce_setup(tree)
     bases = tuple(module_of(tree, "callbacks").ModelCheckpoint for tree in trees)
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls, *bases), names)

@@ -19,6 +19,7 @@ from ckptmgr.lightning.bases import tree_for, with_lightning_base
 from ckptmgr.lightning.checkpoint_io import install_checkpoint_io
 from ckptmgr.lightning.compat import check_compatible, module_of
 from ckptmgr.lightning.filesystem import url_of
+from ckptmgr.lightning.loggers import Logs, begin_logs
 from ckptmgr.lightning.loops import Boundary, LoopHooks
 from ckptmgr.lightning.resume import Resume
 from ckptmgr.lightning.saving import Saver
@@ -142,6 +143,7 @@ class CheckpointManager:
         self._trainer: Any = None
         self._hooks: LoopHooks | None = None
         self._resumption: Resume | None = None
+        self._logs: Logs | None = None
         self._signal: StopSignal | None = None
         self._saver: Saver | None = None
 
@@ -233,6 +235,12 @@ class CheckpointManager:
 
     # Lightning's hooks, in their order.
 
+    def before_loggers_begin(self, trainer: Any) -> None:
+        """Go on with the run's logs, where ``fit`` will probably go on with the run."""
+        if trainer.state.fn == "fit" and not trainer.fast_dev_run and _managers(trainer)[0] is self:
+            self._settle_run_dir(trainer, fresh=True)
+            self._logs = begin_logs(trainer, str(self._run_dir), self._resume, storage_options=self._storage_options)
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take our place in the Trainer: its CheckpointIO, and in ``fit`` its way to resume and its loops."""
         tree = tree_for(trainer, self)
@@ -248,7 +256,7 @@ class CheckpointManager:
             return
         self._settle_run_dir(trainer, fresh=True)
         self._trainer, self._saver = trainer, None
-        managers = [callback for callback in trainer.callbacks if isinstance(callback, CheckpointManager)]
+        managers = _managers(trainer)
         self._refuse_conflicts(managers)
         self._signal = StopSignal() if self._saves_on_signal else None
         if managers[0] is self:
@@ -258,10 +266,13 @@ class CheckpointManager:
         else:
             self._hooks = managers[0]._hooks
         assert self._run_dir is not None
+        if self._logs is None:
+            self.before_loggers_begin(trainer)
         self._resumption = Resume(
             trainer, checkpoint_io, self._run_dir, self._resume, self._open, storage_options=self._storage_options
         )
-        self._resumption.install(self._hooks, leads=managers[0] is self)
+        self._resumption.install(self._hooks, self._logs, leads=managers[0] is self)
+        self._logs = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Accept what was restored, prove that everything can be saved, and listen to signals."""
@@ -344,8 +355,7 @@ class CheckpointManager:
     def at_boundary(self, boundary: Boundary) -> None:
         """Save where that is due, in every manager of the Trainer."""
         rng = capture_rng()
-        managers = [callback for callback in self._trainer.callbacks if isinstance(callback, CheckpointManager)]
-        savers = [manager._saver for manager in managers if manager._saver is not None]
+        savers = [manager._saver for manager in _managers(self._trainer) if manager._saver is not None]
         is_clean = [saver.at_boundary(boundary, rng, told_to_stop=self.is_told_to_stop()) for saver in savers]
         if self.is_told_to_stop() and any(is_clean):
             _log.warning(STOPPED, self._run_dir, self._trainer.global_step)
@@ -353,8 +363,7 @@ class CheckpointManager:
 
     def at_cut_validation(self) -> None:
         """Save the step before a validation that SIGTERM has cut short, in every manager, and end."""
-        managers = [callback for callback in self._trainer.callbacks if isinstance(callback, CheckpointManager)]
-        savers = [manager._saver for manager in managers if manager._saver is not None]
+        savers = [manager._saver for manager in _managers(self._trainer) if manager._saver is not None]
         if any(saver.is_validating for saver in savers):
             for saver in savers:
                 saver.save_before_validation()
@@ -425,3 +434,7 @@ class CheckpointManager:
 
     def _say(self, message: str) -> None:
         module_of(tree_for(self._trainer, self), "utilities.rank_zero").rank_zero_info(message)
+
+
+def _managers(trainer: Any) -> list[CheckpointManager]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, CheckpointManager)]

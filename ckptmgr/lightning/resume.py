@@ -18,6 +18,7 @@ from ckptmgr.lightning.assemble import (
 )
 from ckptmgr.lightning.compat import module_of, tree_of
 from ckptmgr.lightning.filesystem import own_reference, url_of
+from ckptmgr.lightning.loggers import Logs
 from ckptmgr.lightning.loops import LoopHooks
 from ckptmgr.lightning.trainer_metrics import restore_metrics
 from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
@@ -71,13 +72,14 @@ class Resume:
         self._resume = resume
         self._open_run = open_run
         self._storage_options = storage_options
+        self._logs: Logs | None = None
         self._hooks: LoopHooks | None = None
         self._sanity_steps: int | None = None
         self._weights_before: dict[str, Any] | None = None
 
-    def install(self, hooks: LoopHooks | None, *, leads: bool) -> None:
-        """Take the place of the connector's ``resume_start``."""
-        self.leads, self._hooks = leads, hooks
+    def install(self, hooks: LoopHooks | None, logs: Logs | None, *, leads: bool) -> None:
+        """Take the place of the connector's ``resume_start``. Who does not lead has no logs."""
+        self.leads, self._hooks, self._logs = leads, hooks, logs
         if not leads:
             return
         connector = self._trainer._checkpoint_connector
@@ -85,7 +87,10 @@ class Resume:
 
         def resume_start(checkpoint_path: Any = None, *args: Any, **kwargs: Any) -> None:
             vars(connector).pop("resume_start", None)
-            original(self._choose(checkpoint_path), *args, **kwargs)
+            chosen = self._choose(checkpoint_path)
+            if self._logs is not None and self.run is not None:
+                self._logs.chosen(self.run)
+            original(chosen, *args, **kwargs)
 
         connector.resume_start = resume_start
 
@@ -102,6 +107,8 @@ class Resume:
             vars(connector).pop(name, None)
         self._restore_sanity_check()
         self._io.preloaded.clear()
+        if self._logs is not None:
+            self._logs.close()
 
     def opened(self) -> TrainingRun:
         """Return the run; opens it if this manager does not lead."""
@@ -119,6 +126,9 @@ class Resume:
         assert self.run is not None
         loaded = self.run.continued
         self.run.accept()
+        if self._logs is not None:
+            # Checkpoints of earlier versions know nothing of loggers.
+            self._logs.begin(self.run, () if loaded is None else loaded.entries[TRAINER].tree.get("loggers", ()))
         self.run.continued = self.loaded = self._weights_before = None
         return None if loaded is None else loaded.manifest.id
 
