@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -86,7 +87,10 @@ def apply_to_slots(
     """
     from omegaconf import DictConfig, OmegaConf
 
-    every_slot = OmegaConf.merge(OmegaConf.create(dict(DEFAULTS)), config)
+    # `+seed=1` is right too, where the file does not name it.
+    added = {re.split(r"[=.\[]", override[1:])[0] for override in overrides if override.startswith("+")}
+    empty = {slot: value for slot, value in DEFAULTS.items() if slot not in added}
+    every_slot = OmegaConf.merge(OmegaConf.create(empty), config)
     OmegaConf.set_struct(every_slot, True)
     assert isinstance(every_slot, DictConfig)
     changed = apply_overrides(every_slot, overrides)
