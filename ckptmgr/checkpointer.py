@@ -17,16 +17,7 @@ from ckptmgr.boundary import BoundaryCopy
 from ckptmgr.errors import Preempted, UsageError
 from ckptmgr.launch.requested import requested_run
 from ckptmgr.loading import LoadedCheckpoint
-from ckptmgr.loop_state import (
-    RESERVED,
-    SavedPosition,
-    capture_loop,
-    check_loop,
-    meant_reference,
-    position_in,
-    restore_loop,
-    restore_objects,
-)
+from ckptmgr.loop_state import RESERVED, LoopObjects, SavedPosition, meant_reference
 from ckptmgr.policy.arguments import check_metrics, check_state, check_step, check_switch
 from ckptmgr.policy.from_keywords import retention_from, trigger_from
 from ckptmgr.policy.intervals import Triggers
@@ -35,7 +26,9 @@ from ckptmgr.preemption import STOPPED, StopSignal, is_wanted_end
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.schedule import Schedule
 from ckptmgr.state.capture import CapturedEntry, dry_check
+from ckptmgr.state.changed_options import OptionChange
 from ckptmgr.state.data_position import DataPosition
+from ckptmgr.state.training_options import OnChangedOptions
 from ckptmgr.training_run import Monitor, TrainingRun
 
 __all__ = ["Checkpointer"]
@@ -68,6 +61,8 @@ class Checkpointer:
         resume: ``auto`` goes on where the run stopped, if it ever saved; ``must`` wants a checkpoint; ``never`` starts
             from nothing; anything else names one of this run: ``best``, a step, a tag, an id. For another run's, see
             `restore`.
+        on_changed_options: ``keep`` goes on with the learning rates, weight decay, betas and schedules of the
+            checkpoint, and names those that the program builds otherwise; ``apply`` goes on with the program's.
         storage_options: Passed to the storage. Never recorded.
         background: Write while training goes on. False makes each save wait until it is durable.
 
@@ -102,10 +97,11 @@ class Checkpointer:
         triggers: Triggers | None = None,
         retention: RetentionPolicy | Sequence[RetentionPolicy] | None = None,
         resume: str = "auto",
+        on_changed_options: OnChangedOptions = "keep",
         storage_options: Mapping[str, Any] | None = None,
         background: bool = True,
     ) -> None:
-        self._state = check_state(state, reserved=RESERVED)
+        self._loop = LoopObjects(check_state(state, reserved=RESERVED), on_changed_options)
         chosen, self._resume = requested_run(run_dir or "", resume)  # not optional here: "" is refused with a message
         self._run_dir = str(chosen)
         trigger = trigger_from(
@@ -134,7 +130,7 @@ class Checkpointer:
             monitor=self._monitor,
             storage_options=storage_options,
             background=check_switch(background, of="background"),
-            check=lambda loaded: check_loop(self._state, loaded),
+            check=self._loop.check,
         )
         self._saves_on_exception = save_on_exception
         self._signal = StopSignal([signal.SIGTERM] if save_on_signal else [])
@@ -160,6 +156,11 @@ class Checkpointer:
     def is_last_batch(self) -> bool | None:
         """Whether the batch handed out last ends its epoch; None where the loader has no length."""
         return self._data.is_last_batch if self._data else None
+
+    @property
+    def changes(self) -> list[OptionChange]:
+        """What this process trains with otherwise than the checkpoint did: options that were applied, batch size."""
+        return self._loop.options.applied
 
     def resume(self) -> int:
         """Claim the run, and go on where it stopped.
@@ -191,7 +192,7 @@ class Checkpointer:
         """
         own, is_own = meant_reference(reference, self._run_dir, self._storage_options)
         if self._run is None or not is_own:
-            return restore_objects(self._state, own, self._storage_options)
+            return self._loop.restore_alone(own, self._storage_options)
         # Before the attempt is ended: what is not there must not cost the run.
         self._run.wait()
         Catalog(self._run.storage).resolve(own.selector)
@@ -230,7 +231,7 @@ class Checkpointer:
                 why="the position is kept for one loop: a resume could not tell the first from the second",
                 next="call it once, with epochs=N for all of them; iterate over validation data without it",
             )
-        self._data, is_over = position_in(
+        self._data, is_over = self._loop.position_in(
             loader, self._position, epochs=epochs, on_resume=on_resume, on_epoch_end=self._save_at_epoch_end
         )
         self._position = None
@@ -358,15 +359,12 @@ class Checkpointer:
         self._schedule.saved(self._step)
         self._signal.install()
         if self._saves_on_exception:
-            optimizers = [value for value in self._state.values() if isinstance(value, torch.optim.Optimizer)]
-            self._boundary = BoundaryCopy(optimizers)
+            self._boundary = BoundaryCopy(self._loop.optimizers)
             self._boundary.keep(self._capture())
         return self._step
 
     def _restore(self, loaded: LoadedCheckpoint) -> None:
-        restored = restore_loop(self._state, loaded)
-        for note in restored.notes:
-            _log.warning("%s", note)
+        restored = self._loop.restore(loaded)
         self._step, self._metrics, self._position = restored.step, restored.metrics, restored.position
         _log.info("resumed %s from step %d", self._run_dir, self._step)
 
@@ -392,9 +390,7 @@ class Checkpointer:
             _log.warning("not exact: %s counts as trained, and no step() followed it; %s", where, remedy)
 
     def _capture(self) -> list[CapturedEntry]:
-        return capture_loop(
-            self._state, step=self._step, metrics=self._metrics, data=self._data, position=self._position
-        )
+        return self._loop.capture(step=self._step, metrics=self._metrics, data=self._data, position=self._position)
 
     def _save(self, reason: str, *, tags: Sequence[str] = (), entries: list[CapturedEntry] | None = None) -> None:
         run = self._open_run()

@@ -7,24 +7,26 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch.optim import Optimizer
+
 from ckptmgr.errors import StateMismatchError
 from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
 from ckptmgr.run.reference import Reference, parse_reference
 from ckptmgr.state.capture import CapturedEntry, capture_state, check_state, restore_state
+from ckptmgr.state.changed_options import OptionChange
 from ckptmgr.state.data_position import DataPosition
+from ckptmgr.state.loader_facts import describe_loader
 from ckptmgr.state.rng import capture_rng, restore_rng
+from ckptmgr.state.training_options import OnChangedOptions, TrainingOptions
 from ckptmgr.storage.open import open_storage
 
 __all__ = [
     "RESERVED",
+    "LoopObjects",
     "RestoredLoop",
     "SavedPosition",
-    "capture_loop",
     "check_loop",
     "meant_reference",
-    "position_in",
-    "restore_loop",
-    "restore_objects",
 ]
 
 _log = logging.getLogger("ckptmgr")
@@ -51,42 +53,125 @@ class RestoredLoop:
         step: Optimizer updates completed.
         metrics: Those of that step.
         position: None where the loop had no data of `batches`.
-        notes: What could not be put back, in sentences.
     """
 
     step: int
     metrics: dict[str, float]
     position: SavedPosition | None
-    notes: list[str]
 
 
-def capture_loop(
-    state: Mapping[str, object],
-    *,
-    step: int,
-    metrics: Mapping[str, float],
-    data: DataPosition | None,
-    position: SavedPosition | None,
-) -> list[CapturedEntry]:
-    """Capture the user's objects and the loop's own entries.
+class LoopObjects:
+    """The user's objects, and how they and the loop's own entries become a checkpoint and come back.
 
     Args:
-        state: The user's objects by name.
-        step: Optimizer updates completed.
-        metrics: Those of that step.
-        data: The loop over the batches, if it has begun.
-        position: What `restore_loop` gave, until a loop takes it up.
+        state: The user's objects by name, as the program has built them.
+        on_changed_options: What to do about options that differ from those of a checkpoint.
+
+    Attributes:
+        options: The options that training follows.
     """
-    entries = capture_state(state)
-    tree = position.tree if position else None
-    rng = position.rng if position else None
-    if data is not None:
-        tree, rng = data.state_dict(), data.pending_rng
-    if tree is not None:
-        entries.append(CapturedEntry(_DATA, "data-position", 1, tree))
-    entries.append(CapturedEntry(_PROGRESS, "progress", 1, {"step": step, "metrics": dict(metrics)}))
-    entries.append(CapturedEntry(_RNG, "rng", 1, dict(rng or capture_rng())))
-    return entries
+
+    def __init__(self, state: Mapping[str, object], on_changed_options: OnChangedOptions) -> None:
+        self._state = state
+        self.options = TrainingOptions(state, on_changed_options)
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers among the user's objects."""
+        return [value for value in self._state.values() if isinstance(value, Optimizer)]
+
+    def capture(
+        self, *, step: int, metrics: Mapping[str, float], data: DataPosition | None, position: SavedPosition | None
+    ) -> list[CapturedEntry]:
+        """Capture the user's objects and the loop's own entries.
+
+        Args:
+            step: Optimizer updates completed.
+            metrics: Those of that step.
+            data: The loop over the batches, if it has begun.
+            position: What `restore` gave, until a loop takes it up.
+        """
+        entries = capture_state(self._state)
+        tree = position.tree if position else None
+        rng = position.rng if position else None
+        if data is not None:
+            tree, rng = data.state_dict(), data.pending_rng
+        if tree is not None:
+            entries.append(CapturedEntry(_DATA, "data-position", 1, tree))
+        progress = {"step": step, "metrics": dict(metrics), "options": self.options.in_force}
+        entries.append(CapturedEntry(_PROGRESS, "progress", 1, progress))
+        entries.append(CapturedEntry(_RNG, "rng", 1, dict(rng or capture_rng())))
+        return entries
+
+    def check(self, loaded: LoadedCheckpoint) -> None:
+        """Compare a checkpoint with the user's objects. Changes nothing.
+
+        Raises:
+            StateMismatchError: It does not fit, or was not saved from a plain loop.
+        """
+        check_loop(self._state, loaded)
+        self._check_options(loaded)
+
+    def restore(self, loaded: LoadedCheckpoint) -> RestoredLoop:
+        """Put a checkpoint into the user's objects and the RNG.
+
+        Raises:
+            StateMismatchError: It does not fit, or was not saved from a plain loop. Nothing was changed.
+        """
+        _refuse_other_savers(loaded)
+        self._check_options(loaded)
+        restore_state(self._state, _of_user(loaded))
+        own = loaded.entries
+        self.options.take_up(_options_in(loaded))
+        rng = own[_RNG].tree
+        for note in restore_rng(rng):
+            _log.warning("%s", note)
+        position = SavedPosition(own[_DATA].tree, rng) if _DATA in own else None
+        return RestoredLoop(loaded.manifest.step, dict(own[_PROGRESS].tree["metrics"]), position)
+
+    def restore_alone(self, reference: Reference, storage_options: Mapping[str, Any] | None) -> int:
+        """Put another run's checkpoint into the user's objects alone, and return its step.
+
+        Args:
+            reference: Names the checkpoint.
+            storage_options: For a URL; a path takes none.
+
+        Raises:
+            StateMismatchError, CheckpointNotFoundError, CorruptCheckpointError: Nothing was changed.
+        """
+        storage_options = _options_for(reference.run_dir, storage_options)
+        loaded = load_checkpoint(reference, names=[*self._state, _PROGRESS], storage_options=storage_options)
+        self._check_options(loaded)
+        restore_state(self._state, _of_user(loaded))
+        self.options.take_up(_options_in(loaded))
+        return loaded.manifest.step
+
+    def position_in(
+        self,
+        loader: Iterable[Any],
+        saved: SavedPosition | None,
+        *,
+        epochs: int | None,
+        on_resume: Literal["auto", "skip", "replay"],
+        on_epoch_end: Callable[[int], None],
+    ) -> tuple[DataPosition, bool]:
+        """Take up a loop over a loader's batches, where it was left if it was; say whether all epochs were trained.
+
+        Raises:
+            StateMismatchError: The loader is not the one that the position was saved with.
+        """
+        data = DataPosition(loader, epochs=epochs, on_resume=on_resume, notify=_log.warning, on_epoch_end=on_epoch_end)
+        if saved is None:
+            return data, False
+        data.load_state_dict(saved.tree, rng=saved.rng)
+        was, now = (facts["batch_size"] for facts in (saved.tree["facts"], describe_loader(loader)))
+        if was != now:
+            self.options.applied.append(OptionChange("batches", "batch_size", was, now))
+        has_ended = data.is_last_batch or saved.tree["is_exhausted"]
+        return data, epochs is not None and data.epoch + bool(has_ended) >= epochs
+
+    def _check_options(self, loaded: LoadedCheckpoint) -> None:
+        self.options.check(_options_in(loaded), {name: entry.tree for name, entry in loaded.entries.items()})
 
 
 def check_loop(state: Mapping[str, object], loaded: LoadedCheckpoint) -> None:
@@ -108,63 +193,13 @@ def _refuse_other_savers(loaded: LoadedCheckpoint) -> None:
         )
 
 
-def restore_loop(state: Mapping[str, object], loaded: LoadedCheckpoint) -> RestoredLoop:
-    """Put a checkpoint into the user's objects and the RNG.
-
-    Raises:
-        StateMismatchError: It does not fit, or was not saved from a plain loop. Nothing was changed.
-    """
-    _refuse_other_savers(loaded)
-    restore_state(state, _of_user(loaded))
-    own = loaded.entries
-    rng = own[_RNG].tree
-    notes = restore_rng(rng)
-    position = SavedPosition(own[_DATA].tree, rng) if _DATA in own else None
-    return RestoredLoop(loaded.manifest.step, dict(own[_PROGRESS].tree["metrics"]), position, notes)
-
-
-def position_in(
-    loader: Iterable[Any],
-    saved: SavedPosition | None,
-    *,
-    epochs: int | None,
-    on_resume: Literal["auto", "skip", "replay"],
-    on_epoch_end: Callable[[int], None],
-) -> tuple[DataPosition, bool]:
-    """Take up a loop over a loader's batches, where it was left if it was; say whether all epochs were trained.
-
-    Raises:
-        StateMismatchError: The loader is not the one that the position was saved with.
-    """
-    data = DataPosition(loader, epochs=epochs, on_resume=on_resume, notify=_log.warning, on_epoch_end=on_epoch_end)
-    if saved is None:
-        return data, False
-    data.load_state_dict(saved.tree, rng=saved.rng)
-    has_ended = data.is_last_batch or saved.tree["is_exhausted"]
-    return data, epochs is not None and data.epoch + bool(has_ended) >= epochs
-
-
 def _of_user(loaded: LoadedCheckpoint) -> dict[str, CapturedEntry]:
     return {name: entry for name, entry in loaded.entries.items() if name not in (_RNG, _DATA, _PROGRESS)}
 
 
-def restore_objects(
-    state: Mapping[str, object], reference: Reference, storage_options: Mapping[str, Any] | None
-) -> int:
-    """Put another run's checkpoint into the user's objects alone, and return its step.
-
-    Args:
-        state: The user's objects by name.
-        reference: Names the checkpoint.
-        storage_options: For a URL; a path takes none.
-
-    Raises:
-        StateMismatchError, CheckpointNotFoundError, CorruptCheckpointError: Nothing was changed.
-    """
-    options = _options_for(reference.run_dir, storage_options)
-    loaded = load_checkpoint(reference, names=list(state), storage_options=options)
-    restore_state(state, loaded.entries)
-    return loaded.manifest.step
+def _options_in(loaded: LoadedCheckpoint) -> Mapping[str, Any] | None:
+    """Return what the checkpoint's program was built with; checkpoints of earlier versions do not say."""
+    return loaded.entries[_PROGRESS].tree.get("options") if _PROGRESS in loaded.entries else None
 
 
 def meant_reference(text: str, run_dir: str, storage_options: Mapping[str, Any] | None) -> tuple[Reference, bool]:

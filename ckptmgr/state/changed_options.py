@@ -31,7 +31,7 @@ _COUNTERS = frozenset(
     {"last_epoch", "base_lrs", "T_cur", "T_i", "best", "num_bad_epochs", "cooldown_counter", "mode_worse", "verbose"}
 )
 _PRIVATE_OPTIONS = frozenset({"_milestones", "_schedule_phases", "_anneal_func_type"})
-_WORDS = {LEARNING_RATE: "learning rate", "weight_decay": "weight decay"}
+_WORDS = {LEARNING_RATE: "learning rate", "weight_decay": "weight decay", "batch_size": "batch size"}
 _ABSENT = object()
 
 
