@@ -19,6 +19,7 @@ __all__ = [
     "format_age",
     "format_metrics",
     "format_nbytes",
+    "format_time",
     "note",
     "print_json",
     "print_pairs",
@@ -106,6 +107,11 @@ def format_age(timestamp: str, *, now: datetime | None = None) -> str:
         if seconds >= 2 * length:
             return f"{seconds // length:.0f} {unit}"
     return f"{max(0.0, seconds):.0f} s"
+
+
+def format_time(timestamp: str) -> str:
+    """Return an RFC 3339 time to the second, in UTC as it is stored: ``2026-11-23 10:00:00``."""
+    return timestamp[:19].replace("T", " ")
 
 
 def format_metrics(metrics: Mapping[str, object]) -> str:

@@ -45,7 +45,7 @@ def command(references: Sequence[str], which: Literal["config", "resolved"] | No
 def _show_checkpoint(run: OpenRun, manifest: Manifest, *, as_json: bool) -> None:
     import msgspec
 
-    from ckptmgr.cli.output import format_metrics, format_nbytes, print_json, print_pairs, print_table
+    from ckptmgr.cli.output import format_metrics, format_nbytes, format_time, print_json, print_pairs, print_table
 
     facts = run.catalog.facts(manifest.id)
     metrics = {name: metric_to_value(value) for name, value in facts.metrics.items()}
@@ -82,7 +82,7 @@ def _show_checkpoint(run: OpenRun, manifest: Manifest, *, as_json: bool) -> None
             "step": str(manifest.step),
             "epoch": "" if manifest.epoch is None else str(manifest.epoch),
             "reason": manifest.reason,
-            "created": manifest.created_at,
+            "created": f"{format_time(manifest.created_at)} UTC",
             "size": f"{format_nbytes(manifest.nbytes)} in {len(manifest.files)} files",
             "state": "intact" if not problems else "damaged: " + "; ".join(problems),
             "metrics": format_metrics(metrics),
@@ -137,7 +137,7 @@ def _show_run(run: OpenRun, *, as_json: bool) -> None:
     import msgspec
 
     from ckptmgr.cli.listing import list_run
-    from ckptmgr.cli.output import format_metrics, note, print_json, print_pairs, print_table
+    from ckptmgr.cli.output import format_metrics, format_time, note, print_json, print_pairs, print_table
     from ckptmgr.launch.relaunch import shell_line
 
     attempts = read_attempts(run.catalog)
@@ -182,7 +182,7 @@ def _show_run(run: OpenRun, *, as_json: bool) -> None:
     print_pairs(
         {
             "run": f"{run.catalog.storage.url} ({run.catalog.run_id})",
-            "created": marker.created_at if marker else "",
+            "created": f"{format_time(marker.created_at)} UTC" if marker else "",
             "forked from": parent or "",
             "configuration": _source(attempts),
             "checkpoints": ", ".join(saved),
@@ -194,7 +194,7 @@ def _show_run(run: OpenRun, *, as_json: bool) -> None:
         [
             [
                 str(chapter.number),
-                attempt.claim.claimed_at if attempt.claim else "?",
+                format_time(attempt.claim.claimed_at) if attempt.claim else "?",
                 chapter.began,
                 "; ".join(chapter.changes),
                 chapter.ended,

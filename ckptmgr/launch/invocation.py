@@ -136,8 +136,9 @@ def _of_spawned_child(flags: tuple[str, ...]) -> Invocation:
 
 
 def _console_script(script: Path) -> str | None:
-    folders = {Path(sysconfig.get_path("scripts")), Path(sys.executable).parent}
-    if script.parent not in folders:
+    # The folder alone is made absolute: the script may be a link into another environment.
+    folders = {Path(sysconfig.get_path("scripts")).resolve(), Path(sys.executable).parent.resolve()}
+    if script.parent.resolve() not in folders:
         return None
     found = importlib.metadata.entry_points(group="console_scripts", name=script.stem)
     return script.stem if found else None
