@@ -14,7 +14,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ckptmgr.config.foreign import refuse_open_classes, translate
+from ckptmgr.config.foreign import translate
 from ckptmgr.config.includes import load_with_includes
 from ckptmgr.config.overrides import override_tree
 from ckptmgr.config.tree import freeze
@@ -53,7 +53,5 @@ def compose(path: str | Path, overrides: Sequence[str] = ()) -> Composition:
     tree, files = load_with_includes(path)
     tree, notes = translate(tree, files[-1])
     tree = override_tree(tree, overrides)
-    if notes:
-        refuse_open_classes(tree, where=files[-1])
     config = freeze(tree, where=files[-1])
     return Composition(config=config, files=tuple(files), overrides=tuple(overrides), notes=tuple(notes))

@@ -47,7 +47,7 @@ def translate_lightning_cli(tree: Tree, file: str) -> tuple[Tree, list[str]]:
     _plan_trainer(tree.get("trainer"), moves, notes)
     _plan_classes(tree, (), moves)
     new = rearranged(tree, moves)
-    _finish(new, tree, package)
+    _finish(new, package, notes)
     for key, value in _durations(new, ()):
         notes.append(f"{key} is the duration {value!r} as text; `~{key}` leaves it at its default.")
     return new, notes
@@ -96,9 +96,9 @@ def _plan_trainer(trainer: Any, moves: Moves, notes: list[str]) -> None:
         place = ("trainer", key)
         if isinstance(value, dict) and value:
             moves.move(place, (slot, 0))
-        elif isinstance(value, list):
+        elif isinstance(value, list) or value is False:
             moves.move(place, (slot,))
-        elif isinstance(trainer, dict) and key in trainer and value is not False:
+        elif isinstance(trainer, dict) and key in trainer:
             moves.leave_out(place)
             if value:
                 notes.append("trainer.logger is true, which is Lightning's default: no logger was set.")
@@ -123,17 +123,15 @@ def _plan_classes(value: Any, path: Path, moves: Moves) -> None:
         _plan_classes(item, (*path, key), moves)
 
 
-def _finish(new: Tree, old: Tree, package: str) -> None:
-    trainer = new.get("trainer")
-    if isinstance(trainer, dict):
-        if trainer.get("logger") is False:
-            del trainer["logger"]
-            new["loggers"] = []
-        new["trainer"] = {"_target_": f"{package}.Trainer"} | trainer
+def _finish(new: Tree, package: str, notes: list[str]) -> None:
+    if isinstance(new.get("trainer"), dict):
+        new["trainer"] = {"_target_": f"{package}.Trainer"} | new["trainer"]
     for slot in ("model", "data"):
-        # An open class can be given as an override without a plus.
+        # What is missing can be given as an override without a plus, and is asked for if it is not.
         if isinstance(new.get(slot), dict) and "_target_" not in new[slot]:
             new[slot] = {"_target_": MISSING} | new[slot]
+            target = f"{slot}._target_=your_package.YourClass"
+            notes.append(f"The file names no class for {slot}, because LightningCLI's program does: give {target}.")
     for slot, home in _HOMES.items():
         nodes = new.get(slot)
         for node in nodes if isinstance(nodes, list) else [nodes]:

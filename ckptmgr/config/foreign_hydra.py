@@ -14,10 +14,9 @@ __all__ = ["is_hydra", "translate_hydra"]
 
 _SLOTS = frozenset(
     {"seed", "name", "run_dir", "trainer", "loop", "model", "data", "loaders", "optimizer", "scheduler"}
-    | {"callbacks", "loggers", "checkpoint"}
+    | {"callbacks", "loggers", "state", "checkpoint"}
 )
 _RENAMED = {"datamodule": "data", "logger": "loggers", "lr_scheduler": "scheduler"}
-_LISTED = {"callbacks": "callbacks", "logger": "loggers", "loggers": "loggers"}
 
 
 def is_hydra(tree: Tree, file: str) -> bool:
@@ -30,7 +29,6 @@ def translate_hydra(tree: Tree) -> tuple[Tree, list[str]]:
     moves = Moves()
     notes: list[str] = []
     _plan_slots(tree, moves, notes)
-    _plan_lists(tree, moves, notes)
     _plan_settings(tree, moves, notes)
     gone = _of_hydra(tree)
     for path in gone:
@@ -51,32 +49,14 @@ def _plan_slots(tree: Tree, moves: Moves, notes: list[str]) -> None:
         if old in tree and new not in tree:
             moves.move((old,), (new,))
             notes.append(f"{old} became {new}.")
+    for slot in ("callbacks", "logger", "loggers"):
+        place = moves.new_place((slot,))
+        if place and isinstance(tree.get(slot), dict) and "_target_" in tree[slot]:
+            moves.move((slot,), (*place, 0))
     if tree.get("ckpt_path") is not None:
         notes.append(f"ckpt_path was left out: nothing is restored from {tree['ckpt_path']!r}.")
     for key in ("ckpt_path", "hydra"):
         moves.leave_out((key,))
-
-
-def _plan_lists(tree: Tree, moves: Moves, notes: list[str]) -> None:
-    """Callbacks and loggers are mappings of names in most projects, and lists with us."""
-    for old, slot in _LISTED.items():
-        value = tree.get(old)
-        if (moves.new_place((old,)) or ()) != (slot,):
-            continue
-        if isinstance(value, dict) and "_target_" in value:
-            moves.move((old,), (slot, 0))
-        elif isinstance(value, dict) and all(item is None or isinstance(item, dict) for item in value.values()):
-            names = [name for name, item in value.items() if item]
-            for name in value:
-                if name in names:
-                    moves.move((old, name), (slot, names.index(name)))
-                else:
-                    moves.leave_out((old, name))
-            if not names:
-                moves.leave_out((old,))
-            notes.extend(f"{old}.{name} became {slot}.{index}." for index, name in enumerate(names))
-        elif value is None:
-            moves.leave_out((old,))
 
 
 def _plan_settings(tree: Tree, moves: Moves, notes: list[str]) -> None:

@@ -1,6 +1,7 @@
 r"""Overrides from a command line: ``key=value`` changes, ``+key=value`` adds, ``~key`` removes.
 
-A key that is changed must be there, one that is added must not: a typing error is an error, not a new key. Parts of a
+A key that is changed must be there, one that is added must not, or be null: a typing error is an error, not a new key.
+Parts of a
 list go by index, ``callbacks.0.patience=3``; ``+callbacks.2={…}`` appends to a list of two. Values are YAML: numbers,
 ``null``, ``[1, 2]``, ``{a: 1}``, ``'quoted text'``; no value is null. A dot that belongs to a key is written ``\.``.
 
@@ -121,8 +122,7 @@ def _apply(tree: Tree, override: Override) -> None:
                 raise _no_such_key(tree, container, part, path, override)
             place = part
             container[place] = {}
-        elif override.verb == "add" and (container[place] is None or container[place] == MISSING):
-            # `scheduler: null` in a default is the usual way to say that a scheduler could be here.
+        elif override.verb == "add" and container[place] in (MISSING, None):
             container[place] = {}
         path = (*path, place)
         container = container[place]
@@ -156,7 +156,8 @@ def _find(container: Any, part: str, path: Path, override: Override) -> Any:
 
 def _add(container: Any, last: str, place: Any, path: Path, override: Override) -> None:
     key = join_key((*path, place if place is not None else last))
-    if place is not None and container[place] != MISSING:
+    # Null is how a default says that there is nothing yet.
+    if place is not None and container[place] not in (MISSING, None):
         raise ConfigError(
             f"{override.where}: {key} is there already",
             why=f"it is {_shown(container[place])}",

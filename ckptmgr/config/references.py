@@ -10,9 +10,10 @@ from omegaconf import DictConfig
 from ckptmgr.config.interpolations import all_interpolations, referred
 from ckptmgr.config.tree import Path, Tree, join_key, leaves, plain, split_key
 
-__all__ = ["CircleError", "GrowthError", "check_references", "referred_paths", "unused_keys", "value_at"]
+__all__ = ["CircleError", "GrowthError", "ReferenceWalk", "referred_paths", "unused_keys", "value_at"]
 
 _MAX_STEPS = 10_000
+_MAX_STEPS_OF_ALL = 50_000
 
 
 class CircleError(Exception):
@@ -76,24 +77,30 @@ def value_at(tree: object, path: Path) -> tuple[Path, Any] | None:
     return tuple(actual), tree
 
 
-def check_references(tree: Tree, path: Path, text: object) -> None:
-    """Follow everything that a text refers to.
+class ReferenceWalk:
+    """Counts what resolving will do: OmegaConf resolves a value again wherever it is referred to.
 
-    Raises:
-        CircleError: It refers to itself.
-        GrowthError: It refers to more than can be meant.
+    Args:
+        tree: The whole configuration, unresolved.
     """
-    _Walk(tree).steps(path, text, [])
-
-
-class _Walk:
-    """Counts what resolving does. OmegaConf resolves a value again wherever it is referred to."""
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
         self._known: dict[Path, int] = {}
+        self._total = 0
 
-    def steps(self, path: Path, text: object, chain: list[Path]) -> int:
+    def check(self, path: Path, text: object) -> None:
+        """Follow everything that a text refers to.
+
+        Raises:
+            CircleError: It refers to itself.
+            GrowthError: It refers to more than can be meant, or all texts together do.
+        """
+        self._total += self._steps(path, text, [])
+        if self._total > _MAX_STEPS_OF_ALL:
+            raise GrowthError
+
+    def _steps(self, path: Path, text: object, chain: list[Path]) -> int:
         if path in self._known:
             return self._known[path]
         if path in chain:
@@ -105,7 +112,7 @@ class _Walk:
                 continue
             base, value = found
             for inner, leaf in leaves(value):
-                total += self.steps((*base, *inner), leaf, [*chain, path])
+                total += self._steps((*base, *inner), leaf, [*chain, path])
                 if total > _MAX_STEPS:
                     raise GrowthError
         self._known[path] = total

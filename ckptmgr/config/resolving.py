@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
 from ckptmgr.config.interpolations import all_interpolations
-from ckptmgr.config.references import CircleError, GrowthError, check_references, referred_paths, value_at
+from ckptmgr.config.references import CircleError, GrowthError, ReferenceWalk, referred_paths, value_at
 from ckptmgr.config.tree import MISSING, Path, Tree, join_key, leaves, plain
 from ckptmgr.errors import ConfigError
 from ckptmgr.launch.redact import redact_text
@@ -40,7 +40,11 @@ def resolve(config: DictConfig, *, where: str) -> Tree:
     if missing:
         raise ConfigError(
             f"{where}: no value is given for {', '.join(missing[:8])}{', …' if len(missing) > 8 else ''}",
-            why=f"{missing[0]} is ???, which stands for a value to be given",
+            why=(
+                "nothing says which class to build"
+                if missing[0].endswith("_target_")
+                else f"{missing[0]} is ???, which stands for a value to be given"
+            ),
             next=f"write it in the file, or as an override: {missing[0]}=…",
         )
 
@@ -60,6 +64,7 @@ class _Resolver:
         self._config = config
         self._tree = plain(config)
         self._on_error = on_error
+        self._references = ReferenceWalk(self._tree)
         self._nvalues = 0
 
     def run(self) -> Tree:
@@ -82,16 +87,15 @@ class _Resolver:
         try:
             if self._nvalues > _MAX_VALUES or len(path) > _MAX_DEPTH:
                 raise GrowthError
-            check_references(self._tree, path, value)
+            self._references.check(path, value)
             found = container[key]
         # A resolver is anybody's code.
         except Exception as error:
             return self._on_error(path, value, error)
-        if isinstance(found, (DictConfig, ListConfig)):
-            if found._is_none():
-                return None
-            return self._walk(OmegaConf.to_container(found, resolve=False), found, path)
-        return str(found) if isinstance(found, str) else found
+        content = OmegaConf.to_container(found, resolve=False) if OmegaConf.is_config(found) else found
+        if content is not found and isinstance(content, (dict, list, tuple)):
+            return self._walk(content, found, path)
+        return str(content) if isinstance(content, str) else content
 
 
 def _explained(config: DictConfig, tree: Tree, path: Path, text: str, error: Exception, where: str) -> ConfigError:
@@ -100,7 +104,7 @@ def _explained(config: DictConfig, tree: Tree, path: Path, text: str, error: Exc
     message = redact_text(str(error).partition("\n")[0])
     if isinstance(error, CircleError):
         return ConfigError(what, why=f"it refers to itself: {message}", next="give one of them a value")
-    if isinstance(error, GrowthError):
+    if isinstance(error, (GrowthError, RecursionError)):
         return ConfigError(what, why="it expands to more than can be meant", next="refer to fewer values")
     if variable := _ENVIRONMENT.search(str(error)):
         name = variable[1]

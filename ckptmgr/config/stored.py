@@ -11,14 +11,13 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ckptmgr.config.interpolations import Interpolation, all_interpolations, interpolations, split_arguments
-from ckptmgr.config.references import unused_keys
-from ckptmgr.config.resolving import resolve, resolve_what_can_be
+from ckptmgr.config.resolving import resolve_what_can_be
 from ckptmgr.config.tree import MISSING, Path, freeze, join_key, leaves, plain
 from ckptmgr.config.yaml_source import dump_tree
 from ckptmgr.errors import ConfigError
 from ckptmgr.launch.redact import REDACTED, is_secret_name, redact_text, secret_values
 
-__all__ = ["StoredConfig", "config_to_store", "refuse_redacted", "resolve", "unused_keys"]
+__all__ = ["StoredConfig", "config_to_store", "refuse_redacted"]
 
 # Stands for an interpolation: patterns of secrets end at a brace, and what comes from elsewhere is no literal secret.
 _HOLE = "}"
@@ -56,7 +55,7 @@ def config_to_store(config: DictConfig, environ: Mapping[str, str] | None = None
     redaction = _Redaction(secrets)
     tree = redaction.redacted(plain(config), ())
     without_variables = freeze(_without_secret_variables(tree), where="stored configuration")
-    resolved = _Redaction(secrets, is_resolved=True).redacted(resolve_what_can_be(without_variables), ())
+    resolved = _Redaction(secrets).redacted(resolve_what_can_be(without_variables), ())
     return StoredConfig(config=dump_tree(tree), resolved=dump_tree(resolved), redacted=tuple(redaction.keys))
 
 
@@ -79,9 +78,8 @@ def refuse_redacted(config: DictConfig, *, where: str) -> None:
 
 
 class _Redaction:
-    def __init__(self, secrets: Sequence[str], *, is_resolved: bool = False) -> None:
+    def __init__(self, secrets: Sequence[str]) -> None:
         self._secrets = secrets
-        self._is_resolved = is_resolved
         self.keys: list[str] = []
 
     def redacted(self, value: Any, path: Path) -> Any:
@@ -89,21 +87,23 @@ class _Redaction:
             return {(key := self._safe_key(name)): self.redacted(item, (*path, key)) for name, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.redacted(item, (*path, index)) for index, item in enumerate(value)]
-        if isinstance(value, str):
-            is_secret = REDACTED in path or REDACTED in value or self._is_secret(value, path)
-        elif isinstance(value, (bool, type(None), float)):
-            is_secret = False
-        elif isinstance(value, int):
-            is_secret = abs(value) >= _SMALLEST_SECRET_NUMBER and is_secret_name(_name(path))
-        else:
+        if not isinstance(value, (str, int, float, type(None))):
             # A resolver may return any object.
-            return self.redacted(str(value), path)
+            value = str(value)
+        if isinstance(value, str):
+            value = _encodable(value)
+            is_secret = REDACTED in path or REDACTED in value or self._is_secret(value, path)
+        elif isinstance(value, bool) or not isinstance(value, int):
+            is_secret = False
+        else:
+            is_secret = abs(value) >= _SMALLEST_SECRET_NUMBER and is_secret_name(_name(path))
         if is_secret:
             self.keys.append(join_key(path))
         return REDACTED if is_secret else value
 
-    def _safe_key(self, key: str) -> str:
-        return REDACTED if redact_text(key, self._secrets) != key else key
+    def _safe_key(self, key: object) -> str:
+        text = _encodable(str(key))
+        return REDACTED if redact_text(text, self._secrets) != text else text
 
     def _is_secret(self, text: str, path: Path) -> bool:
         if text in ("", MISSING):
@@ -121,6 +121,11 @@ class _Redaction:
         if any(isinstance(part, str) and is_secret_name(part) for part in path) and not _name(path).startswith("_"):
             return bool(literal.replace(_HOLE, "").strip()) or any(one.has_default() for one in nested)
         return False
+
+
+def _encodable(text: str) -> str:
+    # The environment's bytes need not be UTF-8.
+    return str(text.encode("utf-8", "backslashreplace").decode())
 
 
 def _name(path: Path) -> str:

@@ -14,13 +14,32 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ckptmgr.errors import ConfigError
 
-__all__ = ["MISSING", "Path", "Tree", "freeze", "is_same", "join_key", "leaves", "plain", "split_key"]
+__all__ = [
+    "MAX_DEPTH",
+    "MAX_NODES",
+    "MISSING",
+    "Path",
+    "Tree",
+    "freeze",
+    "is_same",
+    "join_key",
+    "leaves",
+    "plain",
+    "split_key",
+]
 
 Path: TypeAlias = tuple[str | int, ...]
 Tree: TypeAlias = dict[str, Any]
 
 MISSING = "???"
+MAX_NODES = 10_000
+"""Keys and values of one configuration. OmegaConf needs about a second for them."""
+MAX_DEPTH = 50
+
 _ESCAPED = ".[]="
+# OmegaConf's parser takes time that grows with the square.
+_MAX_INTERPOLATED_LETTERS = 10_000
+_MAX_INTERPOLATIONS = 200
 
 
 def split_key(text: str) -> list[str]:
@@ -113,11 +132,13 @@ def freeze(tree: Tree, *, where: str) -> DictConfig:
     """Return a plain tree as a configuration in struct mode.
 
     Raises:
-        ConfigError: A text is no interpolation although it looks like one. Names its key.
+        ConfigError: A text is no interpolation although it looks like one, which is named by its key; or there is too
+            much of everything.
     """
+    _check_size(tree, (), where)
     try:
         config = OmegaConf.create(tree)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         key = getattr(error, "full_key", None)
         raise ConfigError(
             f"{where}: {f'{key!r} is' if key else 'something is'} no interpolation that can be read",
@@ -126,3 +147,25 @@ def freeze(tree: Tree, *, where: str) -> DictConfig:
         ) from error
     OmegaConf.set_struct(config, True)
     return config
+
+
+def _check_size(value: object, path: Path, where: str, nodes: int = 0) -> int:
+    """Return how many keys and values there are up to here."""
+    nodes += 1
+    if len(path) > MAX_DEPTH or nodes > MAX_NODES:
+        limit = f"nested more than {MAX_DEPTH} deep" if len(path) > MAX_DEPTH else f"more than {MAX_NODES:,} values"
+        raise ConfigError(f"{where}: {limit}, at {join_key(path[:4])}", next="name large tables by path")
+    if isinstance(value, str) and "${" in value:
+        if len(value) > _MAX_INTERPOLATED_LETTERS or value.count("${") > _MAX_INTERPOLATIONS:
+            raise ConfigError(
+                f"{where}: {join_key(path)} has too many interpolations, or too much text around them",
+                why=f"at most {_MAX_INTERPOLATIONS} in {_MAX_INTERPOLATED_LETTERS:,} letters are read",
+                next="compute it in your program",
+            )
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            nodes = _check_size(item, (*path, key), where, nodes + 1)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            nodes = _check_size(item, (*path, index), where, nodes)
+    return nodes

@@ -14,16 +14,14 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
-from ckptmgr.config.tree import Tree, freeze
+from ckptmgr.config.tree import MAX_DEPTH, MAX_NODES, Tree, freeze
 from ckptmgr.errors import ConfigError
 
-__all__ = ["MAX_NBYTES", "MAX_NODES", "dump_flow", "dump_tree", "parse_config", "parse_tree", "parse_value"]
+__all__ = ["MAX_NBYTES", "dump_flow", "dump_tree", "parse_config", "parse_tree", "parse_value"]
 
 MAX_NBYTES = 1 << 20
-MAX_NODES = 10_000
-"""Keys and values after aliases are expanded. OmegaConf needs a second for them."""
-MAX_DEPTH = 50
 _MAX_LETTERS = 4 << 20
+_QUOTE = "put text in quotes that reach YAML: key='\"…\"'"
 
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -59,6 +57,13 @@ class _Loader(_SafeLoader):  # type: ignore[misc]
 class _Dumper(_SafeDumper):  # type: ignore[misc]
     # The same table as the loader's: a text is quoted exactly if it would be read as something else.
     yaml_implicit_resolvers = _RESOLVERS
+
+    def represent_data(self, data: object) -> yaml.Node:
+        # NumPy's numbers, enumerations and the like are subclasses that YAML does not know.
+        for kind in (str, int, float):
+            if isinstance(data, kind) and not isinstance(data, bool):
+                return super().represent_data(kind(data))
+        return super().represent_data(data)
 
     def ignore_aliases(self, data: object) -> bool:
         return True
@@ -106,7 +111,8 @@ def parse_value(text: str, *, where: str) -> Any:
     """Read one value: a YAML scalar, or a list or mapping in brackets. Nothing is null, as in OmegaConf's dotlist.
 
     Raises:
-        ConfigError: The text is no YAML value, or part of it would be dropped as a comment.
+        ConfigError: The text is no YAML value, or one that is hardly meant on a command line: a comment, a mapping
+            without braces, an anchor.
     """
     return _parse(_decode(text, where), where, is_value=True)
 
@@ -178,8 +184,7 @@ def _parse(text: str, where: str, *, is_value: bool = False) -> Any:
 
 
 def _check_events(text: str, *, is_value: bool) -> None:
-    depth = documents = 0
-    end = None
+    depth = documents = end = 0
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.DocumentStartEvent):
             documents += 1
@@ -191,12 +196,24 @@ def _check_events(text: str, *, is_value: bool) -> None:
                 raise _Refused(f"nested more than {MAX_DEPTH} deep", event.start_mark)
         elif isinstance(event, (yaml.SequenceEndEvent, yaml.MappingEndEvent)):
             depth -= 1
+        if is_value:
+            _check_value_event(event, depth)
         if isinstance(event, (yaml.NodeEvent, yaml.CollectionEndEvent)):
-            end = event.end_mark
-    if is_value:
-        dropped = "\n".join(text.splitlines()[end.line :])[end.column :] if end is not None else text
-        if dropped.strip():
-            raise _Refused(f"YAML reads {dropped.strip()!r} as a comment", next="put the value in quotes: 'key=\"…\"'")
+            end = event.end_mark.index
+    if is_value and text[end:].strip():
+        raise _Refused(f"YAML does not read {text[end:].strip()!r}, as a comment", next=_QUOTE)
+
+
+def _check_value_event(event: yaml.Event, depth: int) -> None:
+    if isinstance(event, yaml.DocumentStartEvent) and event.explicit:
+        raise _Refused("`---` starts a document in YAML", next=_QUOTE)
+    if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
+        sign, meaning = ("*", "refers to") if isinstance(event, yaml.AliasEvent) else ("&", "sets")
+        raise _Refused(f"`{sign}{event.anchor}` {meaning} an anchor in YAML", next=_QUOTE)
+    if isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)) and depth == 1 and not event.flow_style:
+        brackets = "[a, b]" if isinstance(event, yaml.SequenceStartEvent) else "{a: 1}"
+        kind = "a list" if isinstance(event, yaml.SequenceStartEvent) else "a mapping"
+        raise _Refused(f"this is {kind} in YAML", next=f"write {brackets} if that is meant, or {_QUOTE}")
 
 
 class _Reader:
