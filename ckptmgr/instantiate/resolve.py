@@ -87,9 +87,11 @@ def _names_in(owner: Any) -> list[str]:
 
 
 def _what_is_in(owner: Any) -> str | None:
-    classes = [name for name in _names_in(owner) if isinstance(vars(owner).get(name), type)]
+    root = (getattr(owner, "__name__", "") if isinstance(owner, ModuleType) else owner.__module__).partition(".")[0]
+    held = {name: vars(owner).get(name) for name in _names_in(owner)}
+    classes = [n for n, cls in held.items() if isinstance(cls, type) and cls.__module__.partition(".")[0] == root]
     if not classes:
-        return "it holds no classes"
+        return "it holds no classes of its own"
     return f"its classes are {', '.join(classes[:12])}{', …' if len(classes) > 12 else ''}"
 
 
