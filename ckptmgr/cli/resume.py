@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckptmgr.cli.arguments import OpenRun, json_option, open_run, quiet_option, run_dir_argument
-from ckptmgr.errors import ResumeRefusedError, UsageError
+from ckptmgr.errors import NotAllowedError, ResumeRefusedError, UsageError
 from ckptmgr.run.reference import Reference
 
 if TYPE_CHECKING:
@@ -74,13 +74,20 @@ def _train(
     from ckptmgr.experiment.plan import apply_to_slots, make_plan
     from ckptmgr.experiment.stored_run import read_experiment
     from ckptmgr.instantiate.allow_list import AllowList
+    from ckptmgr.launch.project import find_project_root
 
     enter_project(Path.cwd())
-    plan = make_plan(
-        apply_to_slots(stored.config, overrides),
-        where=f"the configuration of {run.run_dir}",
-        allow=AllowList.gather(cwd=Path.cwd(), extra=allow),
-    )
+    try:
+        plan = make_plan(
+            apply_to_slots(stored.config, overrides),
+            where=f"the configuration of {run.run_dir}",
+            allow=AllowList.gather(cwd=Path.cwd(), extra=allow),
+        )
+    except NotAllowedError as error:
+        # A run directory has no say in what is imported; it may say where its code was.
+        here, there = str(find_project_root(Path.cwd())), stored.project_root
+        hint = f"; or resume it in {there}, the project that it was started in" if here != there else ""
+        raise NotAllowedError(error.what, why=error.why, next=f"{error.next}{hint}") from error
     if plan.config.get("run_dir") != stored.config.get("run_dir"):
         raise UsageError(
             "run_dir cannot be overridden in a resume",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,15 +91,17 @@ def train_and_report(
     for change in changes:
         note(f"changed since the last start: {change}")
     try:
-        train(
-            plan,
-            run_dir=run_dir,
-            resume=resume,
-            fork_from=fork_from,
-            source=source,
-            overrides=overrides,
-            changes=changes,
-        )
+        # What the user's code prints must not stand before the document.
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            train(
+                plan,
+                run_dir=run_dir,
+                resume=resume,
+                fork_from=fork_from,
+                source=source,
+                overrides=overrides,
+                changes=changes,
+            )
     except CkptmgrError:
         raise
     except Exception as error:

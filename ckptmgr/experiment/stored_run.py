@@ -29,12 +29,14 @@ class StoredExperiment:
         text: As it is stored.
         config: Parsed, unresolved.
         record: What the start says about it.
+        project_root: The project that the user was in then.
     """
 
     attempt: int
     text: str
     config: DictConfig
     record: ExperimentRecord
+    project_root: str
 
 
 def read_experiment(catalog: Catalog, *, attempt: int | None = None) -> StoredExperiment | None:
@@ -51,9 +53,8 @@ def read_experiment(catalog: Catalog, *, attempt: int | None = None) -> StoredEx
     """
     for number in _candidates(catalog, attempt):
         start = _start(catalog, number)
-        if start is None or start.experiment is None:
-            continue
-        return _read(catalog, number, start.experiment)
+        if start is not None:
+            return None if start.experiment is None else _read(catalog, number, start)
     return None
 
 
@@ -79,7 +80,9 @@ def _start(catalog: Catalog, attempt: int) -> StartRecord | None:
         return None
 
 
-def _read(catalog: Catalog, attempt: int, record: ExperimentRecord) -> StoredExperiment:
+def _read(catalog: Catalog, attempt: int, start: StartRecord) -> StoredExperiment:
+    record = start.experiment
+    assert record is not None
     key = attempt_key(attempt, "config")
     try:
         data = catalog.storage.read(key)
@@ -89,7 +92,7 @@ def _read(catalog: Catalog, attempt: int, record: ExperimentRecord) -> StoredExp
     if document_digest(text) != record.config_digest:
         raise _damaged(catalog, key, "its text does not match its digest")
     try:
-        return StoredExperiment(attempt, text, parse_config(text, where=key), record)
+        return StoredExperiment(attempt, text, parse_config(text, where=key), record, start.project_root)
     except CkptmgrError as error:
         raise _damaged(catalog, key, error.why or error.what) from error
 
