@@ -113,6 +113,8 @@ def test_a_file_can_be_read_in_five_minutes(path: Path) -> None:
         "ckptmgr.cli.prune",
         "ckptmgr.run.upkeep",
         "ckptmgr.run.life",
+        "ckptmgr.cli.ls",
+        "ckptmgr.run.overview",
         "ckptmgr.storage.open",
         "ckptmgr.launch",
         "ckptmgr.config.compose",

@@ -89,7 +89,7 @@ def list_run(catalog: Catalog) -> Listing:
         summary = _summary(catalog, id, is_on_line, latest, best)
         summaries.append(summary)
     try:
-        run_id = catalog.marker.run_id
+        run_id = catalog.run_id
     except CkptmgrError:
         run_id = None
     return Listing(run_id, summaries, [str(id) for id in catalog.torn], problem)

@@ -15,7 +15,7 @@ from ckptmgr.format.digest import ALGORITHM, DIGEST_NBYTES, combined_digest, nbl
 from ckptmgr.format.encoding import ITEM_NBITS, numel, payload_nbytes
 from ckptmgr.format.layout import CheckpointId, check_key
 from ckptmgr.format.payload import Scope
-from ckptmgr.format.record import FORMAT_VERSION, MAX_MANIFEST_NBYTES, decode_record
+from ckptmgr.format.record import FORMAT_VERSION, MAX_MANIFEST_NBYTES, decode_excerpt, decode_record
 
 __all__ = [
     "MAX_TENSORS",
@@ -26,6 +26,7 @@ __all__ = [
     "EntryRecord",
     "FileRecord",
     "Manifest",
+    "ManifestExcerpt",
     "MetricValue",
     "Note",
     "Outcome",
@@ -34,6 +35,7 @@ __all__ = [
     "Topology",
     "check_manifest",
     "decode_manifest",
+    "decode_manifest_excerpt",
     "metric_from_value",
     "metric_to_value",
 ]
@@ -194,6 +196,26 @@ class Manifest(_Record, frozen=True):
         return sum(file.nbytes for file in self.files)
 
 
+class ManifestExcerpt(_Record, frozen=True):
+    """The fields of a manifest that a list of many checkpoints shows."""
+
+    run_id: str
+    checkpoint: str
+    step: int
+    created_at: str
+    files: tuple[FileRecord, ...]
+    epoch: int | None = None
+    metrics: dict[str, MetricValue] = {}
+    monitor: str | None = None
+    mode: Literal["min", "max"] | None = None
+    tags: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files that the manifest names."""
+        return sum(file.nbytes for file in self.files)
+
+
 class Note(_Record, frozen=True):
     """A record beside a manifest: metrics and tags that arrived after the commit. Later notes win."""
 
@@ -238,6 +260,18 @@ def decode_manifest(data: bytes, *, where: str, checkpoint: CheckpointId) -> Man
             next="resume from another checkpoint; `ckptmgr ls` lists them",
         ) from error
     return manifest
+
+
+def decode_manifest_excerpt(data: bytes, *, where: str, checkpoint: CheckpointId) -> ManifestExcerpt:
+    """Parse what a list shows of a manifest; its tensors are neither read nor checked.
+
+    Raises:
+        CorruptCheckpointError, FormatVersionError: As `decode_manifest`, as far as that is looked at.
+    """
+    excerpt = decode_excerpt(data, ManifestExcerpt, where=where, max_nbytes=MAX_MANIFEST_NBYTES)
+    if excerpt.checkpoint != str(checkpoint):
+        raise CorruptCheckpointError(f"{where} contradicts itself", why=f"it is the manifest of {excerpt.checkpoint}")
+    return excerpt
 
 
 def check_manifest(manifest: Manifest) -> None:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from ckptmgr.errors import CheckpointNotFoundError, CkptmgrError, CorruptCheckpointError, RunNotFoundError, UsageError
 from ckptmgr.format.layout import RUN_MARKER, CheckpointId, manifest_key, parse_attempt_key, parse_checkpoint_key
-from ckptmgr.format.manifest import Continuation, Manifest, Note, decode_manifest
+from ckptmgr.format.manifest import Continuation, Manifest, ManifestExcerpt, Note, decode_manifest
 from ckptmgr.format.manifest import RunMarker as Marker
 from ckptmgr.format.record import decode_record
 from ckptmgr.policy.retention import CheckpointFacts, best
@@ -85,9 +85,17 @@ class Catalog:
         """The run's own record.
 
         Raises:
-            CorruptCheckpointError, FormatVersionError: It cannot be read.
+            CorruptCheckpointError, FormatVersionError: It is lost, or cannot be read.
         """
-        return decode_record(self.storage.read(RUN_MARKER), Marker, where=RUN_MARKER)
+        try:
+            data = self.storage.read(RUN_MARKER)
+        except FileNotFoundError as error:
+            raise CorruptCheckpointError(
+                f"{RUN_MARKER} is lost",
+                why=f"it is not in {self.storage.url}",
+                next="its checkpoints tell the same; the next start writes it again",
+            ) from error
+        return decode_record(data, Marker, where=RUN_MARKER)
 
     @cached_property
     def run_id(self) -> str | None:
@@ -172,7 +180,7 @@ class Catalog:
             self._manifests[checkpoint] = decode_manifest(data, where=key, checkpoint=checkpoint)
         return self._manifests[checkpoint]
 
-    def what_is_missing(self, manifest: Manifest) -> list[str]:
+    def what_is_missing(self, manifest: Manifest | ManifestExcerpt) -> list[str]:
         """Return what keeps a committed checkpoint from being intact; an empty list if it is."""
         problems = []
         for file in manifest.files:

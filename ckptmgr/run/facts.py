@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
-from ckptmgr.format.manifest import Manifest, Note, metric_from_value
+from ckptmgr.format.manifest import Manifest, ManifestExcerpt, Note, metric_from_value
 from ckptmgr.policy.retention import CheckpointFacts
 
 __all__ = ["facts_of"]
 
 
-def facts_of(manifest: Manifest, notes: Iterable[Note] = ()) -> CheckpointFacts:
+def facts_of(manifest: Manifest | ManifestExcerpt, notes: Iterable[Note] = ()) -> CheckpointFacts:
     """Return the facts of a checkpoint. Later notes win."""
     metrics = {name: metric_from_value(value) for name, value in manifest.metrics.items()}
     tags = set(manifest.tags)

@@ -321,7 +321,7 @@ def test_whatever_is_raised_becomes_a_message_and_an_exit_code(
         raise error
 
     monkeypatch.delenv("CKPTMGR_TRACEBACK", raising=False)
-    monkeypatch.setattr(ckptmgr.cli.ls, "open_run", fail)
+    monkeypatch.setattr(ckptmgr.cli.ls, "holds_run", fail)
     assert run(["ls", "x"]) == status
     err = capsys.readouterr().err
     assert err.startswith(message)
