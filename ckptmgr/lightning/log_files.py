@@ -126,8 +126,9 @@ def cut_events(
             continue
         size = int(fs.size(path))
         if name not in end:
-            fs.mv(path, beside)
-            dropped.append(beside)
+            if not has_only_version(fs, path):
+                fs.mv(path, beside)
+                dropped.append(beside)
         elif size < end[name]:
             missing.append(path)
         elif size > end[name]:

@@ -232,7 +232,7 @@ class MlflowLogs(_Service):
             return None
         if logger._run_id is not None:
             raise NotContinued(
-                f"run {logger._run_id} was chosen before `fit`; the earlier one: MLFlowLogger(run_id={record.version!r})"
+                f"run {logger._run_id} was chosen before `fit`; MLFlowLogger(run_id={record.version!r}) is the other"
             )
         client = logger._mlflow_client
         run = client.get_run(record.version)

@@ -68,6 +68,7 @@ class Logs:
         self._loggers = list(loggers)
         self._run_dir = run_dir
         self._adopted: list[_Adopted] = []
+        self._records: tuple[LoggerRecord, ...] = ()
         self._is_from_checkpoint = False
         self._undo = contextlib.ExitStack()
 
@@ -78,7 +79,7 @@ class Logs:
         try:
             catalog = Catalog(open_storage(self._run_dir, storage_options=storage_options))
             attempt = self._attempt_to_continue(catalog, resume)
-            records = () if attempt is None else read_loggers(catalog.storage, attempt)
+            self._records = () if attempt is None else read_loggers(catalog.storage, attempt)
         except CkptmgrError as error:
             # Where the run itself is at fault, it is said when it is opened.
             _log.debug("no logs are continued: %s", error)
@@ -88,7 +89,7 @@ class Logs:
             kind = kind_of(logger)
             if kind is not None:
                 with _warning_of_failure(logger):
-                    self._adopt(logger, kind, _match(records, logger, kind, index, self._run_dir, taken))
+                    self._adopt(logger, kind, _match(self._records, logger, kind, index, self._run_dir, taken))
 
     def chosen(self, run: TrainingRun) -> None:
         """Let go of what was taken up, if the run goes on from something else than was to be expected."""
@@ -121,6 +122,7 @@ class Logs:
             with _warning_of_failure(logger):
                 record = describe(logger, self._run_dir)
                 records.append(_with_start(record, _position(logger)))
+                self._tell(logger, record, len(records) - 1)
         if len(records) == len(self._loggers) and records:
             try:
                 write_loggers(run.storage, run.attempt, records)
@@ -155,6 +157,15 @@ class Logs:
         before = kind.version(logger)
         self._adopted.append(_Adopted(logger, kind, record, before, kind.adopt(logger, record, self._undo)))
         _log.info("%s goes on with %s", type(logger).__qualname__, _name_of(logger, record))
+
+    def _tell(self, logger: Any, record: LoggerRecord, index: int) -> None:
+        before = self._records[index] if index < len(self._records) else record
+        if record.kind == "other" and before.type == record.type and before.version not in (None, record.version):
+            what = "%s is not known here, and has begun %r; the run's earlier log is %r"
+            _log.warning(what, record.type, record.version, before.version)
+        if getattr(logger, "_log_model", False):
+            what = "%s(log_model=...) uploads nothing: it knows files only, and a checkpoint is a folder"
+            _log.warning(what, record.type)
 
     def _rewind(self, adopted: _Adopted, attempt: int, saved: Sequence[Mapping[str, Any] | None]) -> None:
         record, logger = adopted.record, adopted.logger
