@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
-__all__ = ["Buffer", "Entry", "HoldsTemporary", "Storage"]
+__all__ = ["Buffer", "CopiesFrom", "Entry", "HoldsTemporary", "Storage"]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -87,4 +87,22 @@ class HoldsTemporary(Protocol):
 
     def delete_temporary(self, key: str) -> None:
         """Remove one of them. Only for writers that are known to be gone, or fenced."""
+        ...
+
+
+@runtime_checkable
+class CopiesFrom(Protocol):
+    """A storage that can have an object copied by the server, so that its bytes do not pass through this process."""
+
+    def copy_from(self, source: Storage, source_key: str, key: str) -> bool:
+        """Copy an object of another storage under an unused key, durably and as a whole.
+
+        The bytes are not looked at: whoever needs to know that they are right compares digests when they are read.
+
+        Returns:
+            Whether it was copied; False where the server cannot, because the other storage is not its own.
+
+        Raises:
+            FileNotFoundError: No such object.
+        """
         ...

@@ -19,7 +19,7 @@ from ckptmgr.format.layout import check_key
 from ckptmgr.storage.exclusive import creates_exclusively
 from ckptmgr.storage.failures import storage_error
 from ckptmgr.storage.filesystem import find_files, open_filesystem
-from ckptmgr.storage.protocol import Buffer, Entry
+from ckptmgr.storage.protocol import Buffer, Entry, Storage
 from ckptmgr.storage.redact import Redactor, printable_url
 from ckptmgr.storage.transient import retrying
 
@@ -142,6 +142,22 @@ class FsspecStorage:
         content = bytes(gathered)
         with self._writing(key):
             self._run("write", key, lambda: fs.pipe_file(path, content))
+
+    def copy_from(self, source: Storage, source_key: str, key: str) -> bool:
+        """Let the server copy an object; False where the other storage is not reached in the very same way."""
+        if not isinstance(source, FsspecStorage):
+            return False
+        old, new = source._path(source_key), self._path(key)
+        fs, others = self._filesystem(), source._filesystem()
+        if type(fs) is not type(others) or fs.storage_options != others.storage_options:
+            return False
+        try:
+            self._run("copy", key, lambda: fs.cp_file(old, new))
+        except StorageError as error:
+            if isinstance(error.__cause__, NotImplementedError):
+                return False
+            raise
+        return True
 
     def delete(self, key: str) -> None:
         """Remove an object. A missing one is no error."""
