@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckptmgr.errors import UsageError
 
-__all__ = ["warn_of_unused"]
+__all__ = ["refuse_shared_run", "warn_of_unused"]
 
 _log = logging.getLogger("ckptmgr")
 
@@ -49,3 +49,21 @@ def warn_of_unused(run_dir: str | os.PathLike[str] | None, others: Mapping[str, 
         if name in others and others[name] not in (None, False):
             _log.warning("%s=%r does nothing in CheckpointManager: %s", name, others[name], why)
     return dirpath if run_dir is None else run_dir
+
+
+def refuse_shared_run(run_dir: str, run_dirs: Sequence[str | None]) -> None:
+    """Refuse two managers of one Trainer that save into one run.
+
+    Args:
+        run_dir: That of one manager.
+        run_dirs: Those of all of them, None where it is not settled yet.
+
+    Raises:
+        UsageError: The run is that of two of them.
+    """
+    if list(run_dirs).count(run_dir) > 1:
+        raise UsageError(
+            f"two CheckpointManagers of one Trainer save into {run_dir}",
+            why="a run has one writer",
+            next="give each its own run directory, or join their triggers in one manager",
+        )

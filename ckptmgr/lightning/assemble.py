@@ -25,6 +25,7 @@ from ckptmgr.state.module import ModuleHandler
 from ckptmgr.state.names import ParameterNames, WrapperPrefixes
 from ckptmgr.state.optimizer import OptimizerHandler
 from ckptmgr.state.stateful import SchedulerHandler, StatefulHandler
+from ckptmgr.state.training_options import OnChangedOptions, TrainingOptions
 
 __all__ = [
     "INFERENCE_ENTRIES",
@@ -32,6 +33,7 @@ __all__ = [
     "assemble",
     "capture_entries",
     "check_model",
+    "options_of",
     "plain_checkpoint",
     "restore_optimizers_and_schedulers",
 ]
@@ -50,7 +52,13 @@ _warned: set[str] = set()
 
 
 def capture_entries(
-    trainer: Any, *, rng: Mapping[str, Any], position: Mapping[str, Any], validation_names: set[str], weights_only: bool
+    trainer: Any,
+    *,
+    rng: Mapping[str, Any],
+    position: Mapping[str, Any],
+    options: Mapping[str, Any],
+    validation_names: set[str],
+    weights_only: bool,
 ) -> list[CapturedEntry]:
     """Capture a Trainer: live references, nothing is copied.
 
@@ -58,6 +66,7 @@ def capture_entries(
         trainer: In ``fit``, at a boundary.
         rng: RNG of the boundary, captured before any hook of the user ran.
         position: What `LoopHooks.capture` returned.
+        options: The options that training follows.
         validation_names: Metrics that validation logged.
         weights_only: Leave out what only training needs.
 
@@ -79,6 +88,7 @@ def capture_entries(
         return [model, trainer_entry]
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     tree["lr_schedulers"] = [_scheduler_handler(scheduler).capture(scheduler, names) for scheduler in schedulers]
+    tree["options"] = dict(options)
     tree["metrics"] = capture_metrics(trainer)
     if trainer.loggers:
         tree["loggers"] = log_positions(trainer.loggers)
@@ -86,7 +96,7 @@ def capture_entries(
     handler = OptimizerHandler()
     optimizers = [
         CapturedEntry(
-            _optimizer_name(i, len(optimizer_states)), handler.name, handler.version, handler.capture(o, names)
+            _numbered("optimizer", i, len(optimizer_states)), handler.name, handler.version, handler.capture(o, names)
         )
         for i, o in enumerate(trainer.optimizers)
     ]
@@ -144,8 +154,18 @@ def check_model(module: Any, loaded: LoadedCheckpoint) -> None:
     ModuleHandler().check(module, loaded.entries[MODEL].tree, ParameterNames({MODEL: module}))
 
 
-def restore_optimizers_and_schedulers(trainer: Any, loaded: LoadedCheckpoint) -> None:
+def options_of(trainer: Any, mode: OnChangedOptions) -> TrainingOptions:
+    """Return the options that a Trainer's optimizers and schedulers were built with, before anything is restored."""
+    return TrainingOptions({MODEL: trainer.lightning_module, **_drivers(trainer)}, mode)
+
+
+def restore_optimizers_and_schedulers(trainer: Any, loaded: LoadedCheckpoint, options: TrainingOptions) -> None:
     """Restore optimizers by parameter name and schedulers by position; checks all of them first.
+
+    Args:
+        trainer: It has built them.
+        loaded: The checkpoint.
+        options: What `options_of` returned. Options that differ are named or applied.
 
     Raises:
         StateMismatchError: There are more or fewer than in the checkpoint, or one does not fit.
@@ -164,10 +184,23 @@ def restore_optimizers_and_schedulers(trainer: Any, loaded: LoadedCheckpoint) ->
         handler.check(optimizer, entry.tree, names)
     for scheduler, state in zip(schedulers, tree["lr_schedulers"], strict=True):
         _scheduler_handler(scheduler).check(scheduler, state, names)
+    states = [*(entry.tree for entry in saved), *tree["lr_schedulers"]]
+    # Checkpoints of earlier versions do not tell what they were built with.
+    options.check(tree.get("options"), dict(zip(_drivers(trainer), states, strict=True)))
     for optimizer, entry in zip(optimizers, saved, strict=True):
         handler.restore(optimizer, entry.tree, names)
     for scheduler, state in zip(schedulers, tree["lr_schedulers"], strict=True):
         _scheduler_handler(scheduler).restore(scheduler, state, names)
+    options.take_up(tree.get("options"))
+
+
+def _drivers(trainer: Any) -> dict[str, Any]:
+    """Return optimizers and schedulers by name, in the Trainer's order."""
+    optimizers, schedulers = trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs]
+    return {
+        **{_numbered("optimizer", i, len(optimizers)): optimizer for i, optimizer in enumerate(optimizers)},
+        **{_numbered("scheduler", i, len(schedulers)): scheduler for i, scheduler in enumerate(schedulers)},
+    }
 
 
 def _model_tree(module: Any, checkpoint: dict[str, Any], names: ParameterNames) -> dict[str, Any]:
@@ -262,8 +295,8 @@ def _scheduler_handler(scheduler: Any) -> StatefulHandler:
     return handler if handler.handles(scheduler) else StatefulHandler()
 
 
-def _optimizer_name(index: int, count: int) -> str:
-    return "optimizer" if count == 1 else f"optimizer-{index}"
+def _numbered(name: str, index: int, count: int) -> str:
+    return name if count == 1 else f"{name}-{index}"
 
 
 def _optimizer_order(item: tuple[str, Any]) -> tuple[int, str]:

@@ -10,10 +10,10 @@ from typing import Any, Literal, Self
 
 import torch
 
-from ckptmgr.errors import CheckpointNotFoundError, Preempted, TopologyError, UsageError
+from ckptmgr.errors import CheckpointNotFoundError, Preempted, TopologyError
 from ckptmgr.launch.requested import requested_run
 from ckptmgr.launch.run_directory import absolute, default_run_dir, job_name
-from ckptmgr.lightning.arguments import warn_of_unused
+from ckptmgr.lightning.arguments import refuse_shared_run, warn_of_unused
 from ckptmgr.lightning.assemble import check_model
 from ckptmgr.lightning.bases import tree_for, with_lightning_base
 from ckptmgr.lightning.checkpoint_io import install_checkpoint_io
@@ -29,7 +29,9 @@ from ckptmgr.policy.intervals import Triggers
 from ckptmgr.policy.retention import RetentionPolicy
 from ckptmgr.preemption import STOPPED, StopSignal
 from ckptmgr.run.catalog import Catalog
+from ckptmgr.state.changed_options import OptionChange
 from ckptmgr.state.rng import capture_rng
+from ckptmgr.state.training_options import OnChangedOptions, checked_mode
 from ckptmgr.storage.open import open_storage
 from ckptmgr.training_run import Monitor, TrainingRun
 
@@ -67,6 +69,8 @@ class CheckpointManager:
         resume: ``auto`` goes on where the run stopped, if it ever saved; ``must`` wants a checkpoint; ``never`` starts
             from nothing; a selector (``best``, a step, a tag, an id) goes back to that checkpoint; a reference to
             another run begins with its checkpoint, until this run has one of its own.
+        on_changed_options: ``keep`` goes on with the learning rates, weight decay, betas and schedules of the
+            checkpoint, and names those that the module builds otherwise; ``apply`` goes on with the module's.
         storage_options: Passed to the storage. Never recorded.
         background: Write while training goes on. False makes each save wait until it is durable.
         **others: Other arguments of ModelCheckpoint: accepted, and named in a warning where they have no meaning here.
@@ -103,6 +107,7 @@ class CheckpointManager:
         triggers: Triggers | None = None,
         retention: RetentionPolicy | Sequence[RetentionPolicy] | None = None,
         resume: str = "auto",
+        on_changed_options: OnChangedOptions = "keep",
         storage_options: Mapping[str, Any] | None = None,
         background: bool = True,
         **others: Any,
@@ -129,7 +134,7 @@ class CheckpointManager:
             instead=retention,
         )
         self._monitor = None if monitor is None else Monitor(monitor, mode)
-        self._storage_options = storage_options
+        self._storage_options, self._on_changed_options = storage_options, checked_mode(on_changed_options)
         self._background = check_switch(background, of="background")
         self._saves_on_exception = save_on_exception
         self._saves_on_signal = save_on_signal
@@ -208,6 +213,11 @@ class CheckpointManager:
             return ""
 
     @property
+    def changes(self) -> list[OptionChange]:
+        """What ``fit`` trains with otherwise than the checkpoint did: options that were applied, batch size."""
+        return [] if self._hooks is None or self._hooks.options is None else self._hooks.options.applied
+
+    @property
     def state_key(self) -> str:
         """Unique among all callbacks: two managers of one run are refused with a message of ours."""
         return f"CheckpointManager({self._run_dir!r}, {id(self)})"
@@ -257,7 +267,7 @@ class CheckpointManager:
         self._settle_run_dir(trainer, fresh=True)
         self._trainer, self._saver = trainer, None
         managers = _managers(trainer)
-        self._refuse_conflicts(managers)
+        refuse_shared_run(str(self._run_dir), [other._run_dir for other in managers])
         self._signal = StopSignal() if self._saves_on_signal else None
         if managers[0] is self:
             sigterm = module_of(tree, "utilities.exceptions").SIGTERMException
@@ -269,7 +279,13 @@ class CheckpointManager:
         if self._logs is None:
             self.before_loggers_begin(trainer)
         self._resumption = Resume(
-            trainer, checkpoint_io, self._run_dir, self._resume, self._open, storage_options=self._storage_options
+            trainer,
+            checkpoint_io,
+            self._run_dir,
+            self._resume,
+            self._open,
+            on_changed_options=self._on_changed_options,
+            storage_options=self._storage_options,
         )
         self._resumption.install(self._hooks, self._logs, leads=managers[0] is self)
         self._logs = None
@@ -410,15 +426,6 @@ class CheckpointManager:
     def _settle_run_dir(self, trainer: Any, *, fresh: bool) -> None:
         if self._run_dir is None and (fresh or job_name(os.environ) is not None):
             self._run_dir = default_run_dir(os.fspath(trainer.default_root_dir))
-
-    def _refuse_conflicts(self, managers: list[CheckpointManager]) -> None:
-        for other in managers:
-            if other is not self and other._run_dir == self._run_dir:
-                raise UsageError(
-                    f"two CheckpointManagers of one Trainer save into {self._run_dir}",
-                    why="a run has one writer",
-                    next="give each its own run directory, or join their triggers in one manager",
-                )
 
     def _known_run(self) -> TrainingRun | None:
         return self._past if self._saver is None else self._saver.run

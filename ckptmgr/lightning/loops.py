@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 
 from ckptmgr.lightning.train_data import TrainData, capture_idle_loaders, restore_idle_loaders
 from ckptmgr.state.rng import restore_rng
+from ckptmgr.state.training_options import TrainingOptions
 
 __all__ = ["Boundary", "BoundaryListener", "LoopHooks"]
 
@@ -63,6 +64,10 @@ class LoopHooks:
         listener: Told about each boundary.
         notify: Takes one sentence for the user.
         sigterm: Lightning's exception that says that SIGTERM came.
+
+    Attributes:
+        data: The position in the train loaders.
+        options: The options that training follows; None until optimizers and schedulers are built.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class LoopHooks:
         self._is_restored = False
         self._starts_here = False
         self.data = TrainData(notify)
+        self.options: TrainingOptions | None = None
 
     def install(self) -> None:
         """Wrap the loops' methods. Idempotent."""

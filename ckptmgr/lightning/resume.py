@@ -14,6 +14,7 @@ from ckptmgr.lightning.assemble import (
     TRAINER,
     WEIGHTS_ONLY_REASON,
     check_model,
+    options_of,
     restore_optimizers_and_schedulers,
 )
 from ckptmgr.lightning.compat import module_of, tree_of
@@ -24,6 +25,7 @@ from ckptmgr.lightning.trainer_metrics import restore_metrics
 from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.reference import Reference, parse_reference
+from ckptmgr.state.training_options import OnChangedOptions
 from ckptmgr.state.trees import copied_tree
 from ckptmgr.storage.open import open_storage
 from ckptmgr.training_run import RUN_DIR_VARIABLE, TrainingRun
@@ -43,6 +45,7 @@ class Resume:
         run_dir: The manager's run.
         resume: The manager's choice.
         open_run: Claims the run, given a choice.
+        on_changed_options: What to do about options that differ from the checkpoint's.
         storage_options: For reading other runs.
 
     Attributes:
@@ -60,6 +63,7 @@ class Resume:
         resume: str,
         open_run: Callable[[str], TrainingRun],
         *,
+        on_changed_options: OnChangedOptions,
         storage_options: Mapping[str, Any] | None,
     ) -> None:
         self.leads = False
@@ -71,6 +75,7 @@ class Resume:
         self._run_dir = run_dir
         self._resume = resume
         self._open_run = open_run
+        self._on_changed_options = on_changed_options
         self._storage_options = storage_options
         self._logs: Logs | None = None
         self._hooks: LoopHooks | None = None
@@ -124,6 +129,9 @@ class Resume:
             The id of the checkpoint that was continued, if it is one of this run.
         """
         assert self.run is not None
+        assert self._hooks is not None
+        if self._hooks.options is None:
+            self._hooks.options = options_of(self._trainer, self._on_changed_options)
         loaded = self.run.continued
         self.run.accept()
         if self._logs is not None:
@@ -218,7 +226,8 @@ class Resume:
 
         def restore() -> None:
             vars(connector).pop("restore_optimizers_and_schedulers", None)
-            restore_optimizers_and_schedulers(trainer, loaded)
+            hooks.options = options_of(trainer, self._on_changed_options)
+            restore_optimizers_and_schedulers(trainer, loaded, hooks.options)
 
         connector.restore_optimizers_and_schedulers = restore
         # It would run the model and its metrics once more than the run that goes on did.

@@ -201,6 +201,7 @@ class Saver:
             self._trainer,
             rng=rng,
             position=self._hooks.capture(boundary),
+            options=self._hooks.options.in_force if self._hooks.options else {},
             validation_names=self._validation_names,
             weights_only=self._weights_only,
         )
