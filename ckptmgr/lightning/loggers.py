@@ -155,7 +155,14 @@ class Logs:
         if record is None:
             return
         before = kind.version(logger)
-        self._adopted.append(_Adopted(logger, kind, record, before, kind.adopt(logger, record, self._undo)))
+        try:
+            since = kind.adopt(logger, record, self._undo)
+        except NotContinued:
+            raise
+        except Exception:
+            kind.release(logger, before)
+            raise
+        self._adopted.append(_Adopted(logger, kind, record, before, since))
         _log.info("%s goes on with %s", type(logger).__qualname__, _name_of(logger, record))
 
     def _tell(self, logger: Any, record: LoggerRecord, index: int) -> None:
