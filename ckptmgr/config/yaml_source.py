@@ -21,6 +21,7 @@ __all__ = ["MAX_NBYTES", "dump_flow", "dump_tree", "parse_config", "parse_tree",
 
 MAX_NBYTES = 1 << 20
 _MAX_LETTERS = 4 << 20
+_QUOTES = "put it in quotes if it is meant as text"
 _QUOTE = "put text in quotes that reach YAML: key='\"…\"'"
 
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -69,8 +70,16 @@ class _Dumper(_SafeDumper):  # type: ignore[misc]
         return True
 
 
+class _LineDumper(_Dumper):
+    def represent_data(self, data: object) -> yaml.Node:
+        node = super().represent_data(data)
+        if isinstance(node, yaml.ScalarNode) and len(node.value.splitlines()) > 1:
+            node.style = '"'
+        return node
+
+
 class _Refused(Exception):
-    def __init__(self, what: str, mark: yaml.Mark | None = None, *, next: str | None = None) -> None:
+    def __init__(self, what: str, mark: yaml.Mark, *, next: str) -> None:
         super().__init__(what)
         self.what = what
         self.mark = mark
@@ -128,7 +137,7 @@ def dump_tree(tree: object) -> str:
 def dump_flow(value: object) -> str:
     """Return one line of YAML, as it could be the value of an override."""
     text: str = yaml.dump(
-        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 16, default_flow_style=True
+        value, Dumper=_LineDumper, sort_keys=False, allow_unicode=True, width=1 << 30, default_flow_style=True
     )
     return text.removesuffix("\n").removesuffix("\n...")
 
@@ -175,7 +184,7 @@ def _parse(text: str, where: str, *, is_value: bool = False) -> Any:
         raise ConfigError(f"{where}{_place(error.mark)}: {error.what}", next=error.next) from None
     except yaml.MarkedYAMLError as error:
         what = " ".join(part for part in (error.context, error.problem) if part)
-        hint = "indent with spaces" if "\\t" in what else "put the text in quotes if it is meant literally"
+        hint = "indent with spaces" if "\\t" in what else _QUOTES
         mark = error.problem_mark or error.context_mark
         raise ConfigError(f"{where}{_place(mark)}: this is not YAML: {what}", next=hint) from error
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
@@ -184,7 +193,8 @@ def _parse(text: str, where: str, *, is_value: bool = False) -> Any:
 
 
 def _check_events(text: str, *, is_value: bool) -> None:
-    depth = documents = end = 0
+    depth = documents = 0
+    end = yaml.Mark("", 0, 0, 0, None, None)
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.DocumentStartEvent):
             documents += 1
@@ -193,27 +203,29 @@ def _check_events(text: str, *, is_value: bool) -> None:
         elif isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)):
             depth += 1
             if depth > MAX_DEPTH:
-                raise _Refused(f"nested more than {MAX_DEPTH} deep", event.start_mark)
+                raise _Refused(f"nested more than {MAX_DEPTH} deep", event.start_mark, next="make it flatter")
         elif isinstance(event, (yaml.SequenceEndEvent, yaml.MappingEndEvent)):
             depth -= 1
         if is_value:
             _check_value_event(event, depth)
         if isinstance(event, (yaml.NodeEvent, yaml.CollectionEndEvent)):
-            end = event.end_mark.index
-    if is_value and text[end:].strip():
-        raise _Refused(f"YAML does not read {text[end:].strip()!r}, as a comment", next=_QUOTE)
+            end = event.end_mark
+    if is_value and (dropped := text[end.index :].strip()):
+        raise _Refused(f"YAML takes {dropped!r} for a comment", end, next=_QUOTE)
 
 
 def _check_value_event(event: yaml.Event, depth: int) -> None:
     if isinstance(event, yaml.DocumentStartEvent) and event.explicit:
-        raise _Refused("`---` starts a document in YAML", next=_QUOTE)
+        raise _Refused("`---` starts a document in YAML", event.start_mark, next=_QUOTE)
     if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
         sign, meaning = ("*", "refers to") if isinstance(event, yaml.AliasEvent) else ("&", "sets")
-        raise _Refused(f"`{sign}{event.anchor}` {meaning} an anchor in YAML", next=_QUOTE)
+        raise _Refused(f"`{sign}{event.anchor}` {meaning} an anchor in YAML", event.start_mark, next=_QUOTE)
     if isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)) and depth == 1 and not event.flow_style:
         brackets = "[a, b]" if isinstance(event, yaml.SequenceStartEvent) else "{a: 1}"
         kind = "a list" if isinstance(event, yaml.SequenceStartEvent) else "a mapping"
-        raise _Refused(f"this is {kind} in YAML", next=f"write {brackets} if that is meant, or {_QUOTE}")
+        raise _Refused(
+            f"this is {kind} in YAML", event.start_mark, next=f"write {brackets} if that is meant, or {_QUOTE}"
+        )
 
 
 class _Reader:
@@ -249,7 +261,11 @@ class _Reader:
         self._nodes += 1
         self._letters += len(node.value) if isinstance(node, yaml.ScalarNode) else 0
         if depth > MAX_DEPTH:
-            raise _Refused(f"nested more than {MAX_DEPTH} deep, or an alias that holds itself", node.start_mark)
+            raise _Refused(
+                f"nested more than {MAX_DEPTH} deep, or an alias that holds itself",
+                node.start_mark,
+                next="make it flatter",
+            )
         if self._nodes > MAX_NODES or self._letters > _MAX_LETTERS:
             raise _Refused(
                 f"more than {MAX_NODES:,} values once every alias is expanded",
@@ -261,9 +277,11 @@ class _Reader:
         try:
             value = self._loader.construct_object(node)
         except (ValueError, KeyError, IndexError, OverflowError) as error:
-            raise _Refused(f"{node.value[:40]!r} cannot be read: {error}", node.start_mark) from error
+            raise _Refused(f"{node.value[:40]!r} cannot be read: {error}", node.start_mark, next=_QUOTES) from error
         if isinstance(value, str) and _ESCAPED_MISSING.fullmatch(value):
-            raise _Refused(f"the text {value!r} cannot be in a configuration", node.start_mark)
+            raise _Refused(
+                f"the text {value!r} cannot be in a configuration", node.start_mark, next="??? is a value to be given"
+            )
         return value
 
     def _items(self, node: yaml.MappingNode, depth: int) -> Iterator[tuple[str, Any]]:
