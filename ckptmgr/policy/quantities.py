@@ -74,11 +74,11 @@ def parse_nbytes(value: object, *, of: str) -> int:
     if not isinstance(value, str):
         return whole_number(value, of=of, unit="bytes")
     quantity = split_quantity(value)
-    nbytes = 0 if quantity is None else round(quantity[0] * _NBYTES_OF_UNIT.get(quantity[1] or "b", 0))
-    if nbytes < 1:
+    size = 0.0 if quantity is None else quantity[0] * _NBYTES_OF_UNIT.get(quantity[1] or "b", 0)
+    if not 1 <= size < math.inf:
         raise UsageError(
             f"{of} was given {value!r}",
             why="it is a size: a number of bytes, or a number with MB, GB, TB (powers of 1000) or MiB, GiB, TiB (1024)",
             next="give for example '500GB' or '1.5TiB'",
         )
-    return nbytes
+    return round(size)

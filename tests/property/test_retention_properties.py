@@ -9,12 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptmgr.policy import (
+    Budget,
     CheckpointFacts,
     KeepAll,
     KeepBest,
+    KeepEveryEpochs,
     KeepEverySteps,
     KeepLast,
     KeepTagged,
+    KeepWithin,
     RetentionPolicy,
     Union,
     best,
@@ -31,6 +34,9 @@ def runs(draw: st.DrawFn) -> list[CheckpointFacts]:
         CheckpointFacts(
             id=f"{step:010d}-000001-{save:04d}",
             step=step,
+            epoch=draw(st.none() | st.integers(0, 12)),
+            created_at=draw(st.none() | st.integers(0, 1000)),
+            nbytes=draw(st.integers(0, 50)),
             metrics=draw(metrics),
             tags=draw(st.frozensets(st.sampled_from(["paper", "keep"]), max_size=2)),
         )
@@ -43,10 +49,20 @@ simple = st.one_of(
     st.builds(KeepLast, counts),
     st.builds(KeepBest, counts, st.sampled_from(["loss", "acc"]), st.sampled_from(["min", "max"])),
     st.builds(KeepEverySteps, counts),
+    st.builds(KeepEveryEpochs, counts),
+    st.builds(KeepWithin, st.integers(1, 500)),
     st.just(KeepTagged()),
     st.just(KeepAll()),
 )
-policies = st.recursive(simple, lambda inner: st.lists(inner, max_size=4).map(lambda some: Union(*some)), max_leaves=6)
+limits = st.integers(1, 300)
+policies = st.recursive(
+    simple,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4).map(lambda some: Union(*some)),
+        st.builds(lambda limit, some: Budget(limit, *some), limits, st.lists(inner, min_size=1, max_size=3)),
+    ),
+    max_leaves=6,
+)
 
 
 @given(policies, runs())
@@ -95,3 +111,19 @@ def test_nothing_beats_the_best(run: list[CheckpointFacts], mode: str) -> None:
         assert not values
     else:
         assert winner.metrics["loss"] == (min(values) if mode == "min" else max(values))
+
+
+@given(limits, st.lists(policies, min_size=1, max_size=3), runs())
+def test_a_budget_is_kept_except_by_the_newest_and_what_is_tagged(
+    limit: int, several: list[RetentionPolicy], run: list[CheckpointFacts]
+) -> None:
+    kept = [facts for facts in run if facts.id in plan(Budget(limit, *several), run).keep]
+    free = [facts for facts in kept if not facts.tags and facts != run[-1]]
+    assert not free or sum(facts.nbytes for facts in kept) <= limit
+    wanted = set(plan(Union(*several, KeepTagged()), run).keep)
+    assert {facts.id for facts in kept} <= wanted
+
+
+@given(policies, runs())
+def test_each_drop_has_a_reason(policy: RetentionPolicy, run: list[CheckpointFacts]) -> None:
+    assert all(plan(policy, run).drop.values())

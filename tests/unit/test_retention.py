@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
 from ckptmgr.errors import UsageError
 from ckptmgr.policy import (
+    Budget,
     CheckpointFacts,
     KeepAll,
     KeepBest,
+    KeepEveryEpochs,
     KeepEverySteps,
     KeepLast,
     KeepTagged,
+    KeepWithin,
     RetentionPolicy,
     Union,
     best,
@@ -24,6 +27,10 @@ from ckptmgr.policy import (
 
 def at(step: int, *, tags: Sequence[str] = (), save: int = 1, **metrics: float) -> CheckpointFacts:
     return CheckpointFacts(id=f"{step:010d}-000001-{save:04d}", step=step, metrics=metrics, tags=frozenset(tags))
+
+
+def of(step: int, **known: object) -> CheckpointFacts:
+    return CheckpointFacts(id=f"{step:010d}-000001-0001", step=step, **known)  # type: ignore[arg-type]
 
 
 def kept_steps(policy: RetentionPolicy, checkpoints: Sequence[CheckpointFacts]) -> list[int]:
@@ -87,6 +94,67 @@ def test_keep_all_drops_nothing() -> None:
     assert plan(KeepAll(), [at(1), at(2)]).drop == {}
 
 
+DAY = 86400.0
+
+
+def test_keep_within_counts_age_back_from_the_newest_checkpoint() -> None:
+    saved = [of(day, created_at=1e9 + day * DAY) for day in range(1, 11)]
+    assert kept_steps(KeepWithin("3d"), saved) == [7, 8, 9, 10]
+    assert plan(KeepWithin("3d"), saved).keep[saved[6].id] == ("within 3d of the newest",)
+
+
+def test_keep_within_loses_nothing_to_a_clock_that_is_unknown_or_wrong() -> None:
+    saved = [of(1, created_at=None), of(2, created_at=1e9 + 50 * DAY), of(3, created_at=1e9), of(4, created_at=None)]
+    assert kept_steps(KeepWithin(DAY), saved) == [1, 2, 3, 4]
+
+
+def test_keep_every_epochs_keeps_the_last_of_every_nth_epoch() -> None:
+    saved = [of(step, epoch=step // 10) for step in range(0, 100, 5)]
+    assert kept_steps(KeepEveryEpochs(4), saved) == [35, 75, 95]
+
+
+def test_keep_every_epochs_takes_the_next_epoch_that_has_one() -> None:
+    saved = [of(epoch, epoch=epoch) for epoch in (1, 4, 5, 7, 12)] + [of(13)]
+    assert kept_steps(KeepEveryEpochs(3), saved) == [4, 5, 12, 13]
+
+
+def test_a_budget_keeps_what_matters_most_as_far_as_it_fits() -> None:
+    saved = [of(step, nbytes=10, metrics={"acc": float(step % 5)}) for step in range(1, 11)]
+    decided = plan(Budget(40, KeepBest(2, "acc", "max"), KeepLast(4)), saved)
+    assert [facts.step for facts in saved if facts.id in decided.keep] == [4, 8, 9, 10]
+    decided = plan(Budget(30, KeepBest(2, "acc", "max"), KeepLast(4)), saved)
+    assert [facts.step for facts in saved if facts.id in decided.keep] == [4, 9, 10]
+    assert decided.keep[saved[8].id] == ("best acc", "last 4")
+    assert decided.drop[saved[7].id] == "over the budget of 30 bytes (would be: last 4)"
+    assert decided.drop[saved[0].id] == "nothing keeps it"
+
+
+def test_a_budget_lets_something_smaller_in_behind_what_does_not_fit() -> None:
+    saved = [of(1, nbytes=3), of(2, nbytes=90), of(3, nbytes=10)]
+    assert kept_steps(Budget("20B", KeepAll()), saved) == [1, 3]
+
+
+def test_the_newest_and_what_is_tagged_stay_whatever_they_take() -> None:
+    saved = [of(1, nbytes=500, tags=frozenset({"paper"})), of(2, nbytes=1), of(3, nbytes=500)]
+    decided = plan(Budget(100, KeepAll()), saved)
+    assert decided.keep == {saved[0].id: ("tagged paper", "all are kept"), saved[2].id: ("newest", "all are kept")}
+
+
+def test_what_another_policy_keeps_is_not_the_budgets_to_drop() -> None:
+    saved = [of(step, nbytes=10) for step in (1, 2, 3)]
+    decided = plan(Union(Budget(10, KeepAll()), KeepLast(2)), saved)
+    assert list(decided.keep) == [saved[1].id, saved[2].id]
+    assert decided.drop == {saved[0].id: "over the budget of 10 bytes (would be: all are kept)"}
+
+
+@pytest.mark.parametrize(
+    "slip", [lambda: Budget("5GB"), lambda: Budget("5 cars", KeepAll()), lambda: Budget(5, KeepAll)]
+)
+def test_a_budget_that_cannot_be_meant_is_refused(slip: Callable[[], object]) -> None:
+    with pytest.raises(UsageError):
+        slip()
+
+
 def test_a_union_keeps_what_any_keeps_with_all_reasons() -> None:
     saved = [at(step, loss=1 / step) for step in (100, 200, 300, 400)]
     decided = plan(Union(KeepLast(2), KeepEverySteps(200), KeepBest(1, "loss")), saved)
@@ -120,7 +188,7 @@ def test_a_second_save_of_a_step_takes_the_place_of_the_first() -> None:
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, math.nan, None])
-@pytest.mark.parametrize("policy", [KeepLast, KeepEverySteps, lambda k: KeepBest(k, "loss")])
+@pytest.mark.parametrize("policy", [KeepLast, KeepEverySteps, KeepEveryEpochs, lambda k: KeepBest(k, "loss")])
 def test_a_count_that_is_no_positive_whole_number_is_refused_at_once(policy: type, value: object) -> None:
     with pytest.raises(UsageError) as refused:
         policy(value)
