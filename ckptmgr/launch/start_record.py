@@ -64,6 +64,8 @@ class StartRecord(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True)
         versions: Of Python and of the packages that matter.
         topology: Variables that launchers set: ranks, job numbers.
         experiment: The configuration that this start was built from, if there is one.
+        fork_of: For the attempt that a fork begins with: the parent's checkpoint. The rest then tells how the parent's
+            training was started, and which process copied it.
     """
 
     version: int
@@ -89,6 +91,7 @@ class StartRecord(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True)
     cpu_count: int | None = None
     topology: dict[str, str] = {}
     experiment: ExperimentRecord | None = None
+    fork_of: str | None = None
 
     @property
     def argv(self) -> tuple[str, ...]:
