@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ def load_with_includes(path: str | Path) -> tuple[Tree, list[str]]:
         ConfigError: A file cannot be read or is no mapping, or files include each other. Names the chain of files.
     """
     start = Path(path)
-    if start.is_dir() and (start / HYDRA_CONFIG).is_file():
-        start = start / HYDRA_CONFIG
+    with suppress(OSError, ValueError):
+        if (start / HYDRA_CONFIG).is_file():
+            start = start / HYDRA_CONFIG
     files: list[str] = []
     return _load(start, (), files), files
 
@@ -74,6 +76,8 @@ def _read(path: Path, chain: tuple[Path, ...]) -> bytes:
             raise ConfigError(f"{where}: this is no regular file", next="give a YAML file")
         with path.open("rb") as file:
             return file.read(MAX_NBYTES + 1)
+    except ConfigError:
+        raise
     except FileNotFoundError as error:
         hint = f"paths are relative to {chain[-1].parent}" if chain else "check the path"
         raise ConfigError(f"{where}: there is no such file", next=hint) from error

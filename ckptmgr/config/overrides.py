@@ -109,6 +109,8 @@ def parse_override(text: str, number: int = 1) -> Override:
             f"{where}: includes are read before any override", next="change the `includes:` list in the file"
         )
     value = parse_value(rest[0], where=where) if rest else None
+    # Here, so that an interpolation that cannot be read is known as this override's.
+    freeze({parts[-1]: value}, where=where)
     return Override(verb=verb, parts=parts, value=value, where=where)
 
 

@@ -119,7 +119,7 @@ def _explained(config: DictConfig, tree: Tree, path: Path, text: str, error: Exc
         return ConfigError(
             what,
             why=f"nobody has registered a resolver {unknown[0]!r}",
-            next="use oc.env, oc.decode or oc.select, or call OmegaConf.register_new_resolver in your program",
+            next="use oc.env, oc.decode or oc.select, or register one with OmegaConf in your program",
         )
     if isinstance(error, InterpolationKeyError):
         key = _UNKNOWN_KEY.search(str(error))

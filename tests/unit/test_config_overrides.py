@@ -172,9 +172,9 @@ def test_the_given_configuration_stays_as_it_is() -> None:
 )
 def test_a_slip_is_an_error_that_says_what_may_be_meant(override: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        overridden("seed=2", override)
+        overridden("seed=1", override)
     assert said in str(caught.value)
-    assert caught.value.what.startswith(("override 2, ", "after the overrides"))
+    assert caught.value.what.startswith(("override 2, ", "after the overrides: nested"))
     assert "\n" not in caught.value.what
 
 

@@ -197,8 +197,6 @@ def test_a_configuration_is_in_struct_mode_and_unresolved() -> None:
         "<<",
         "...",
         "a...",
-    ]
-    + [
         "-",
         "- a",
         "&a",
@@ -214,8 +212,17 @@ def test_a_configuration_is_in_struct_mode_and_unresolved() -> None:
         1e-5,
         1e22,
         math.inf,
-    ]
-    + [0.1, -0.0, 10**30, True, None, [], {}, [[]], [{}], {"a": []}],
+        0.1,
+        -0.0,
+        10**30,
+        True,
+        None,
+        [],
+        {},
+        [[]],
+        [{}],
+        {"a": []},
+    ],
 )
 def test_what_is_written_is_read_as_the_same(value: object) -> None:
     assert repr(parse_tree(dump_tree({"a": value}), where="x")) == repr({"a": value})
