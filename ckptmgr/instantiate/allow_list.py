@@ -153,7 +153,7 @@ class AllowList:
 
     def exact_names(self) -> list[str]:
         """Return every name that is spelled out."""
-        return list(self._exact)
+        return [entry.pattern for entry in self._entries if entry.is_exact]
 
     def covers(self, obj: object, home: str) -> bool:
         """Return whether what an allowed name stands for is itself allowed, by the place of its definition.

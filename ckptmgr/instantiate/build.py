@@ -16,6 +16,7 @@ from ckptmgr.instantiate.load import Base, check_result, load_target, spoken_bas
 from ckptmgr.instantiate.resolve import one_line, where_raised
 from ckptmgr.instantiate.signature import check_arguments, suggest_for
 from ckptmgr.instantiate.targets import Target, check_targets, find_targets, is_list, spoken
+from ckptmgr.instantiate.value_types import check_types
 
 __all__ = ["build", "check_build", "load_target"]
 
@@ -143,6 +144,7 @@ def _plan(
             is_partial=is_partial,
         )
         _check_not_given_twice(named, extra, target)
+        check_types(function, target, named)
         return _Call(
             target,
             function,

@@ -75,7 +75,9 @@ def _attribute(owner: Any, parent: str, part: str, target: Target) -> Any:
         raise ConfigError(
             f"{spoken(target.key)}: there is no {part!r} in the {kind} {parent}",
             why=_what_is_in(owner),
-            next=f"did you mean {' or '.join(f'{parent}.{name}' for name in near)}?" if near else None,
+            next=f"did you mean {' or '.join(f'{parent}.{name}' for name in near)}?"
+            if near
+            else "name a class that is there",
         ) from error
     except Exception as error:
         raise _import_failed(f"{parent}.{part}", target, error) from error

@@ -125,10 +125,12 @@ def _why_denied(name: str, allow: AllowList) -> str:
 
 def advice_for(name: str, allow: AllowList) -> str:
     """Return what to do about a name that is denied."""
-    if why_not_a_name(name) is not None:
-        return "write a dotted name, as in _target_: torch.nn.Linear"
     root, last = name.partition(".")[0], name.rpartition(".")[2]
     known = allow.exact_names()
+    if why_not_a_name(name) is not None:
+        meant = [other for other in known if other.endswith(f".{name}")]
+        meant = meant or [other for other in [name.strip().removesuffix("()").replace(":", ".")] if _is_name(other)]
+        return f"did you mean {meant[0]}?" if meant else "write a dotted name, as in _target_: torch.nn.Linear"
     near = [other for other in known if other.rpartition(".")[2] == last and other.partition(".")[0] == root]
     near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.9)
     if near:
@@ -140,6 +142,11 @@ def advice_for(name: str, allow: AllowList) -> str:
     return how_to_allow(name if spelled_out else f"{root}.*", allow)
 
 
+def _is_name(name: str) -> bool:
+    return why_not_a_name(name) is None
+
+
+# Whoever allows all of one of these allows much that was left out on purpose.
 _SHARED_ROOTS = ("torch", "lightning", "pytorch_lightning", "torchmetrics", "torchdata", "numpy", "ckptmgr")
 
 
