@@ -90,6 +90,7 @@ class Forge:
 def _serve() -> None:
     import lightning.pytorch  # noqa: F401
     import lightning_script  # noqa: F401
+    import logger_script  # noqa: F401
     import plain_script  # noqa: F401
     import torch
 
