@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ckptmgr.errors import ConfigError, UsageError
+from ckptmgr.errors import ConfigError, NotAllowedError, UsageError
 from ckptmgr.format.layout import RUN_MARKER
 from ckptmgr.instantiate import allow_list
 from ckptmgr.instantiate.allow_list import AllowList, allow_targets, factory, is_factory
@@ -104,6 +104,10 @@ def test_a_link_to_a_file_in_a_run_directory_has_no_say(tmp_path: Path) -> None:
     allow = AllowList.gather(cwd=folder)
     assert allow.source_of("evil.Net") is None
     assert allow.project_file is None
+
+
+def test_the_whole_file_system_is_no_project() -> None:
+    assert AllowList.gather(cwd=Path("/")).project_file is None
 
 
 def test_a_project_without_a_list_allows_what_is_built_in(tmp_path: Path) -> None:
@@ -254,6 +258,13 @@ def test_every_name_that_is_built_in_exists(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 70
+
+
+def test_what_a_reviewed_package_offers_from_elsewhere_was_not_reviewed(tmp_path: Path) -> None:
+    allow = AllowList.gather(cwd=tmp_path)
+    assert allow.source_of("torchmetrics.BLEUScore") == "built in"  # as far as the name goes
+    with pytest.raises(NotAllowedError, match=r"it is torchmetrics\.text\."):
+        load_target(Target("x", "torchmetrics.BLEUScore"), allow)
 
 
 @pytest.mark.parametrize(
