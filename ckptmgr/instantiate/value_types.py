@@ -67,7 +67,8 @@ def _admits(wanted: Any, value: object) -> bool:
         return any(_admits(choice, value) for choice in typing.get_args(wanted))
     if origin is typing.Literal:
         return value in typing.get_args(wanted)
-    if wanted not in _PLAIN:
+    # An annotation can be anything, also what has no hash: `sizes: [int]`.
+    if not isinstance(wanted, type) or wanted not in _PLAIN:
         return True
     # True is an int in Python, and a slip in a configuration.
     if isinstance(value, bool):

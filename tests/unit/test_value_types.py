@@ -27,6 +27,7 @@ class Thing:
         rich: Sequence[int] | int = 1,
         anything: Any = None,
         bare=None,
+        sloppy: [int] = 1,
     ) -> None: ...
 
 
@@ -47,6 +48,7 @@ class Unknown:
         {"rich": "looked at by nobody"},
         {"anything": "x"},
         {"bare": "x"},
+        {"sloppy": "x"},
         {"unknown": "x"},
         {"count": {"_target_": "built.Later"}},
         {"count": [1]},
