@@ -166,7 +166,7 @@ class LoopObjects:
         data.load_state_dict(saved.tree, rng=saved.rng)
         was, now = (facts["batch_size"] for facts in (saved.tree["facts"], describe_loader(loader)))
         if was != now:
-            self.options.applied.append(OptionChange("batches", "batch_size", was, now))
+            self.options.applied.append(OptionChange("train loader", "batch_size", was, now))
         has_ended = data.is_last_batch or saved.tree["is_exhausted"]
         return data, epochs is not None and data.epoch + bool(has_ended) >= epochs
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from ckptmgr.lightning.train_data import TrainData, capture_idle_loaders, restore_idle_loaders
+from ckptmgr.lightning.train_data import TrainData, capture_idle_loaders, changed_batch_sizes, restore_idle_loaders
 from ckptmgr.state.rng import restore_rng
 from ckptmgr.state.training_options import TrainingOptions
 
@@ -85,6 +85,7 @@ class LoopHooks:
         self._lifted: tuple[int, int | None] | None = None
         self._is_inside = False
         self._is_restored = False
+        self._is_counted_anew = False
         self._starts_here = False
         self.data = TrainData(notify)
         self.options: TrainingOptions | None = None
@@ -189,6 +190,7 @@ class LoopHooks:
         before = self._fit._combined_loader, self._fit._data_fetcher
         original()
         fetcher, combined = self._fit._data_fetcher, self._fit._combined_loader
+        # Counted anew meanwhile, perhaps.
         pending = self._pending
         is_new = fetcher is not None and (combined, fetcher) != before
         if pending is None:
@@ -213,9 +215,16 @@ class LoopHooks:
         if pending is None or pending["data"] is None:
             self.data.before_iterating(loaders, self._trainer.current_epoch)
             return
-        self.data.check(pending["data"], loaders)
+        position = self.data.check(pending["data"], loaders)
+        if self.options is not None:
+            self.options.applied += changed_batch_sizes(pending["data"], loaders)
+        if position is not pending["data"]:
+            # No batch of the new size ends here: nothing that a batch brings about can be due.
+            place = "validated" if pending["place"] == "step" and not position["batches"] else pending["place"]
+            self._pending = {**pending, "data": position, "place": place}
+            self._is_counted_anew = True
         if self._is_inside:
-            self.data.prepare(pending["data"], loaders)
+            self.data.prepare(position, loaders)
         else:
             self.data.before_iterating(loaders, self._trainer.current_epoch)
 
@@ -227,6 +236,9 @@ class LoopHooks:
             for tracker in (self._fit.epoch_progress.total, self._fit.epoch_progress.current):
                 tracker.processed -= 1
                 tracker.completed -= 1
+        if self._is_counted_anew:
+            current, batches = self._epoch.batch_progress.current, pending["data"]["batches"]
+            current.ready = current.started = current.processed = current.completed = batches
         val_loop = self._epoch.val_loop
         if pending["validation"] is not None:
             if val_loop._combined_loader is None:

@@ -16,6 +16,8 @@ from typing import Any
 from torch.utils.data import Subset
 
 from ckptmgr.errors import StateMismatchError
+from ckptmgr.state.batch_sizes import SIZE_ATTRIBUTE, RecutBatches, batches_passed, recut_position
+from ckptmgr.state.changed_options import OptionChange
 from ckptmgr.state.generators import capture_generators, restore_generators
 from ckptmgr.state.loader_facts import (
     describe_loader,
@@ -31,9 +33,11 @@ from ckptmgr.state.per_sample_seed import PerSampleSeed
 from ckptmgr.state.resume_plan import ResumePlan, plan_resume
 from ckptmgr.state.rng import capture_rng, restore_rng
 
-__all__ = ["TrainData", "capture_idle_loaders", "restore_idle_loaders"]
+__all__ = ["TrainData", "capture_idle_loaders", "changed_batch_sizes", "restore_idle_loaders"]
 
 _VERSION = 1
+# Of a position in an epoch with several batch sizes.
+_RECUT_VERSION = 2
 
 
 class TrainData:
@@ -54,6 +58,7 @@ class TrainData:
         self._is_order_late = False
         # Of several loaders, a shorter one begins again in mid-epoch: fetch → RNG before it.
         self._restarts: dict[int, dict[str, Any]] = {}
+        self._recut: Mapping[str, Any] | None = None
 
     def before_iterating(self, loaders: list[Any], epoch: int) -> None:
         """Record what the epoch begins with. Called right before Lightning iterates the train loaders."""
@@ -68,6 +73,7 @@ class TrainData:
         self._at_first_fetch = self._before_last_fetch = None
         self._is_order_late = not getattr(loaders[0], "num_workers", 0) if loaders else False
         self._restarts = {}
+        self._recut = None
 
     def watch(self, fetcher: Any) -> None:
         """Record what each fetch begins with. Called right after Lightning has iterated the train loaders."""
@@ -81,8 +87,10 @@ class TrainData:
         if not is_last and batches:
             states = ahead["states"] if ahead is not None else _stateful_states(loaders)
         start = self._start
+        recut = {} if is_last or self._recut is None else {"version": _RECUT_VERSION, "recut": self._recut}
         return {
             "version": _VERSION,
+            **recut,
             "epoch": epoch,
             "batches": batches,
             "is_last": is_last,
@@ -105,13 +113,21 @@ class TrainData:
             ],
         }
 
-    def check(self, position: Mapping[str, Any], loaders: list[Any]) -> None:
+    def check(self, position: Mapping[str, Any], loaders: list[Any]) -> Mapping[str, Any]:
         """Compare the loaders with those of the run that saved.
+
+        Returns:
+            The position; counted anew if a single loader has another batch size inside of an epoch.
 
         Raises:
             StateMismatchError: The position is inside of an epoch, and batch k of these loaders is another one.
         """
         saved = position["loaders"]
+        if len(saved) == len(loaders) == 1 and not position["is_last"]:
+            position, message = _recut(position, loaders[0])
+            saved = position["loaders"]
+            if message:
+                self._say(message)
         changed = [] if len(saved) == len(loaders) else [f"there were {len(saved)} train loaders, now {len(loaders)}"]
         for live, loader in zip(saved, loaders, strict=False):
             changed += differences(live["facts"], describe_loader(loader))
@@ -124,6 +140,7 @@ class TrainData:
             )
         if changed:
             self._say(f"the train loader has changed since epoch {position['epoch']}: {'; '.join(changed)}")
+        return position
 
     def prepare(self, position: Mapping[str, Any], loaders: list[Any]) -> None:
         """Put in place what the interrupted epoch began with. Called instead of `before_iterating`."""
@@ -132,6 +149,7 @@ class TrainData:
         self._before_last_fetch = None
         self._workers = copy.deepcopy(list(position["workers"]))
         self._restarts = dict(position["restarts"])
+        self._recut = position.get("recut")
         for i, loader in enumerate(loaders):
             saved = position["loaders"][i]
             _tell_per_sample_seed(loader, position["epoch"])
@@ -153,8 +171,8 @@ class TrainData:
             self._say(message)
         if plan.how == "load":
             self._load(position, fetcher, loaders)
-        elif plan.how == "skip":
-            self._skip(position, fetcher, loaders[0])
+        elif plan.how == "skip" or self._recut is not None:
+            self._skip(position, fetcher, loaders[0], reads=plan.how != "skip")
         else:
             self._replay(position, fetcher, loaders)
         for loader, saved in zip(loaders, position["loaders"], strict=True):
@@ -208,6 +226,7 @@ class TrainData:
             state = {
                 "epoch": position["epoch"],
                 "batch": batches,
+                "recut": position.get("recut"),
                 "epoch_start": position["start"],
                 "is_exhausted": False,
                 "is_last_batch": False,
@@ -235,16 +254,24 @@ class TrainData:
         if fetcher.length is None:
             self._fetch_ahead(position, fetcher)
 
-    def _skip(self, position: Mapping[str, Any], fetcher: Any, loader: Any) -> None:
+    def _skip(self, position: Mapping[str, Any], fetcher: Any, loader: Any, *, reads: bool) -> None:
         assert self._start is not None
         workers = self._workers[0]
         if workers is not None and not workers["are_reused"]:
             # In the original run this epoch made the workers; reset ones would draw other numbers.
             loader._iterator = None
         self._begin_epoch(loader)
-        skipped = skipping_loader(loader, position["batches"], before_first=lambda: self._begin_order(position, loader))
+        passed = batches_passed({"batch": position["batches"], "recut": self._recut})
+        skipped = skipping_loader(
+            loader,
+            0 if reads else passed,
+            before_first=lambda: self._begin_order(position, loader),
+            batches=None if self._recut is None else RecutBatches(loader.batch_sampler, self._recut["earlier"]),
+        )
         iterator = iter(skipped)
         skipped.prime()
+        for _ in range(passed if reads else 0):
+            next(iterator)
         if skipped.draws_per_batch:
             self._say(
                 "perhaps not exact: the sampler draws from a global random number generator for each batch, in between "
@@ -305,6 +332,44 @@ class TrainData:
         if message not in self._said:
             self._said.add(message)
             self._notify(message)
+
+
+def changed_batch_sizes(position: Mapping[str, Any], loaders: list[Any]) -> list[OptionChange]:
+    """Return the batch sizes that differ from those of a saved position."""
+    name = "train loader" if len(loaders) == 1 else "train loader {}"
+    pairs = [
+        (saved["facts"]["batch_size"], describe_loader(loader)["batch_size"])
+        for saved, loader in zip(position["loaders"], loaders, strict=False)
+    ]
+    return [OptionChange(name.format(i), "batch_size", was, now) for i, (was, now) in enumerate(pairs) if was != now]
+
+
+def _recut(position: Mapping[str, Any], loader: Any) -> tuple[Mapping[str, Any], str]:
+    """Count a position anew if the loader has another batch size; say so."""
+    (saved,) = position["loaders"]
+    state = {
+        "epoch": position["epoch"],
+        "batch": position["batches"],
+        "recut": position.get("recut"),
+        "facts": saved["facts"],
+        "attributes": saved["attributes"],
+    }
+    found = recut_position(state, loader)
+    if found is None:
+        return position, ""
+    new, message = found
+    start = position["start"]
+    (at_start,) = start["attributes"]
+    # Beginning an epoch and reading change other numbers than this one.
+    at_start = {name: new["attributes"][name] if name == SIZE_ATTRIBUTE else value for name, value in at_start.items()}
+    anew = {
+        "batches": new["batch"],
+        "is_last": new["is_last_batch"],
+        "recut": new["recut"],
+        "start": {**start, "attributes": [at_start]},
+        "loaders": [{**saved, "facts": new["facts"], "attributes": new["attributes"]}],
+    }
+    return {**position, **anew}, message
 
 
 class _WatchedIterator(Iterator[Any]):

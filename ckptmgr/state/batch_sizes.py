@@ -17,13 +17,14 @@ from torch.utils.data import BatchSampler, DataLoader
 from ckptmgr.errors import StateMismatchError
 from ckptmgr.state.loader_facts import describe_loader, differences
 
-__all__ = ["Earlier", "RecutBatches", "batches_passed", "recut_position"]
+__all__ = ["SIZE_ATTRIBUTE", "Earlier", "RecutBatches", "batches_passed", "recut_position"]
 
 Earlier = Sequence[Sequence[int]]
 """``[batch size, number of batches]`` of what was trained in this epoch before the size that is in force."""
 
 _SIZE_FACTS = ("batch_size", "batches")
-_SIZE_ATTRIBUTE = "sampler.batch_size"
+SIZE_ATTRIBUTE = "sampler.batch_size"
+"""Path of the one attribute of a loader's sampler that another batch size changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ def recut_position(state: Mapping[str, Any], loader: Any) -> tuple[dict[str, Any
         )
     cut = _cut(state, loader.batch_sampler, was)
     recut = {"earlier": cut.earlier, "began_at": cut.began_at} if cut.earlier else None
-    attributes = {**state["attributes"], **{name: now for name in state["attributes"] if name == _SIZE_ATTRIBUTE}}
+    attributes = {**state["attributes"], **{name: now for name in state["attributes"] if name == SIZE_ATTRIBUTE}}
     new = {
         "batch": cut.batch,
         "is_last_batch": cut.is_last_batch,

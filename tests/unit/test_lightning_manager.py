@@ -312,7 +312,7 @@ def test_another_number_of_optimizers_is_refused(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_another_batch_size_is_refused_in_mid_epoch_only(tmp_path: Path) -> None:
+def test_another_data_set_is_refused_in_mid_epoch_only(tmp_path: Path) -> None:
     with pytest.raises(Broken):
         fit(
             tmp_path,
@@ -322,13 +322,13 @@ def test_another_batch_size_is_refused_in_mid_epoch_only(tmp_path: Path) -> None
     trainer = make_trainer(tmp_path, CheckpointManager(tmp_path / "run"))
     model = Model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(StateMismatchError, match="batch_size is 4 in the checkpoint, 8"):
-        trainer.fit(model, DataLoader(Numbered(), batch_size=8, shuffle=True))
+    with pytest.raises(StateMismatchError, match="dataset_length is 24 in the checkpoint, 16"):
+        trainer.fit(model, DataLoader(Numbered(16), batch_size=4, shuffle=True))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     fit(tmp_path, CheckpointManager(tmp_path / "run"), max_epochs=1)
     trainer = make_trainer(tmp_path, CheckpointManager(tmp_path / "run"))
-    trainer.fit(Model(), DataLoader(Numbered(), batch_size=8, shuffle=True))
-    assert trainer.global_step == 9
+    trainer.fit(Model(), DataLoader(Numbered(16), batch_size=8, shuffle=True))
+    assert trainer.global_step == 8
 
 
 def test_state_that_cannot_be_stored_is_refused_before_the_first_step(tmp_path: Path) -> None:
