@@ -10,12 +10,14 @@ from typing import Any
 
 from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckptmgr.format.manifest import Manifest
+from ckptmgr.progress import progress
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.reader import CheckpointReader
 from ckptmgr.run.reference import Reference, parse_reference
 from ckptmgr.state.codec import load_entries
 from ckptmgr.state.entry import CapturedEntry
 from ckptmgr.storage.open import open_storage
+from ckptmgr.words import printable_place
 
 __all__ = ["LoadedCheckpoint", "choose_checkpoint", "load_checkpoint"]
 
@@ -117,5 +119,7 @@ def _candidates(catalog: Catalog, failures: list[str]) -> Iterator[Manifest]:
 
 
 def _load(catalog: Catalog, manifest: Manifest, run_dir: str, names: Sequence[str] | None) -> LoadedCheckpoint:
-    entries = load_entries(CheckpointReader(catalog.storage, manifest), names)
+    nbytes = sum(tensor.nbytes for tensor in manifest.tensors if names is None or tensor.entry in names)
+    with progress(f"restoring step {manifest.step} of {printable_place(run_dir)}", nbytes) as advance:
+        entries = load_entries(CheckpointReader(catalog.storage, manifest, advance), names)
     return LoadedCheckpoint(manifest, entries, run_dir)

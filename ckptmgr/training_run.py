@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ckptmgr.errors import CheckpointNotFoundError, CkptmgrError, UsageError
+from ckptmgr.fork import refuse_cut_off_fork
 from ckptmgr.format.layout import MAX_STEP, RUN_MARKER, CheckpointId, attempt_key, note_key
 from ckptmgr.format.manifest import Continuation, EntryRecord, Manifest, Note, Outcome, RunMarker, metric_to_value
 from ckptmgr.format.payload import FilePayload
@@ -41,6 +42,7 @@ from ckptmgr.state.snapshot import SnapshotBuffers
 from ckptmgr.storage.open import open_storage
 from ckptmgr.storage.protocol import Storage
 from ckptmgr.topology import refuse_several_ranks
+from ckptmgr.words import format_nbytes, format_seconds, printable_place
 from ckptmgr.writer import BackgroundWriter
 
 __all__ = ["RUN_DIR_VARIABLE", "LoadedCheckpoint", "Monitor", "TrainingRun", "load_checkpoint"]
@@ -48,6 +50,7 @@ __all__ = ["RUN_DIR_VARIABLE", "LoadedCheckpoint", "Monitor", "TrainingRun", "lo
 _log = logging.getLogger("ckptmgr")
 
 _MAX_ERROR_LENGTH = 2000
+_NOTICEABLE_S = 0.1
 _LONG_WAIT_S = 1.0
 
 
@@ -150,6 +153,7 @@ class TrainingRun:
                 Catalog.of_existing_run(storage).resolve(selector)
             except CheckpointNotFoundError as error:
                 raise hint_at_choice(error, resume) from error
+        refuse_cut_off_fork(catalog, run_dir)
         run_id = catalog.run_id
         wanted = Reference(run_dir, selector)
         if resume != "never" and (catalog.on_line or resume != "auto"):
@@ -368,6 +372,8 @@ class TrainingRun:
         began = time.monotonic()
         self._writer.wait()
         waited_s = time.monotonic() - began
+        if waited_s < _NOTICEABLE_S:
+            return
         level = logging.WARNING if waited_s >= _LONG_WAIT_S and not self._has_waited else logging.INFO
         _log.log(level, "%s waited %.2f s: saves are due faster than the storage takes them", name, waited_s)
         self._has_waited |= level == logging.WARNING
@@ -382,13 +388,9 @@ class TrainingRun:
     ) -> None:
         manifest = commit_checkpoint(self.storage, checkpoint, files, fields)
         _log.info(
-            "saved step %d (%s): %.1f MB in %s; training blocked %.2f s, durable after %.2f s",
-            checkpoint.step,
-            fields.reason,
-            manifest.nbytes / 1e6,
-            self.storage.url,
-            blocked_s,
-            time.monotonic() - began,
+            "saved step %d (%s): %s in %s; training blocked %s, durable after %s",
+            *(checkpoint.step, fields.reason, format_nbytes(manifest.nbytes), printable_place(self.run_dir)),
+            *(format_seconds(blocked_s), format_seconds(time.monotonic() - began)),
         )
         self._known[checkpoint] = manifest
         self._facts[checkpoint] = facts_of(manifest)

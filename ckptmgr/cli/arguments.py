@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import click
@@ -50,9 +52,18 @@ def quiet_option() -> Callable[[F], F]:
         "--quiet",
         is_flag=True,
         expose_value=False,
-        callback=lambda context, parameter, value: set_quiet(value),
+        callback=_set_quiet,
         help="Print nothing on stderr but errors.",
     )
+
+
+def _set_quiet(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    set_quiet(value)
+    if value:
+        logger = logging.getLogger("ckptmgr")
+        context.call_on_close(partial(logger.setLevel, logger.level))
+        context.call_on_close(partial(set_quiet, False))
+        logger.setLevel(logging.ERROR)
 
 
 def open_run(text: str, *, command: str | None = None) -> OpenRun:

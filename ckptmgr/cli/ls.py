@@ -6,7 +6,7 @@ import dataclasses
 
 import click
 
-from ckptmgr.cli.arguments import json_option, open_run, run_dir_argument
+from ckptmgr.cli.arguments import json_option, open_run, quiet_option, run_dir_argument
 from ckptmgr.cli.listing import CheckpointSummary, list_run
 from ckptmgr.cli.runs import list_runs
 from ckptmgr.run.discover import holds_run
@@ -21,6 +21,7 @@ _WORDS = {"unknown": "in an unknown state"}
 
 @click.command(name="ls")
 @run_dir_argument("RUN_DIR|DIR_OF_RUNS")
+@quiet_option()
 @json_option()
 def command(reference: str, as_json: bool) -> None:
     """List the checkpoints of a run, or the runs below a directory, the newest first.

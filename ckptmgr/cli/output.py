@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ckptmgr.cli.printable import printable
 from ckptmgr.progress import is_quiet
+from ckptmgr.words import format_nbytes
 
 __all__ = [
     "format_age",
@@ -74,27 +75,34 @@ def print_pairs(pairs: Mapping[str, str]) -> None:
 
 
 def note(text: str) -> None:
-    """Print a remark on stderr."""
-    print(printable(text), file=sys.stderr, flush=True)
+    """Print a remark on stderr, unless it is to be quiet."""
+    if not is_quiet():
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def show_log() -> None:
-    """Show what the managers log, line by line on stderr: each save, each resume, each warning."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("ckptmgr: %(message)s"))
+    """Show what the managers log, line by line on stderr: each save, each resume, each warning.
+
+    With ``--quiet`` errors only. Idempotent. Where the user's own code sets logging up, that is where lines go.
+    """
     logger = logging.getLogger("ckptmgr")
-    logger.addHandler(handler)
-    logger.setLevel(logging.WARNING if is_quiet() else logging.INFO)
+    if not any(isinstance(handler, _LogHandler) for handler in logger.handlers):
+        logger.addHandler(_LogHandler())
+    logger.setLevel(logging.ERROR if is_quiet() else logging.INFO)
 
 
-def format_nbytes(nbytes: int) -> str:
-    """Return a size for people: ``1.2 MiB``."""
-    size = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
+class _LogHandler(logging.Handler):
+    """Prints on what is stderr at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if logging.getLogger().handlers:
+                return
+            mark = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+            print(f"ckptmgr: {mark}{self.format(record)}", file=sys.stderr, flush=True)
+        except Exception:
+            # A stderr that nobody reads any more is no reason to stop training.
+            self.setLevel(logging.CRITICAL + 1)
 
 
 def format_age(timestamp: str, *, now: datetime | None = None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import click
 
-from ckptmgr.cli.arguments import OpenRun, json_option, open_run, run_dir_argument
+from ckptmgr.cli.arguments import OpenRun, json_option, open_run, quiet_option, run_dir_argument
 from ckptmgr.cli.keep_options import Keep, chosen_policies
 from ckptmgr.errors import CkptmgrError
 from ckptmgr.format.manifest import metric_to_value
@@ -38,6 +38,7 @@ __all__ = ["command"]
 @click.option("--dry-run", is_flag=True, help="Print what would become of each checkpoint, and touch nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask. Without a terminal nobody is asked.")
 @click.option("--force", is_flag=True, help="The process on another host that might be training is known to be gone.")
+@quiet_option()
 @json_option()
 def command(
     reference: str,

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import click
 
-from ckptmgr.cli.arguments import OpenRun, json_option, open_run, run_dir_argument
+from ckptmgr.cli.arguments import OpenRun, json_option, open_run, quiet_option, run_dir_argument
 from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError, FormatVersionError
 from ckptmgr.format.layout import ATTEMPTS, RUN_MARKER, CheckpointId
+from ckptmgr.progress import progress
 from ckptmgr.run.verify import Damage, verify_checkpoint
 
 __all__ = ["command"]
@@ -32,6 +31,7 @@ class _Verdict:
 
 @click.command(name="verify")
 @run_dir_argument("RUN_DIR[@REF]")
+@quiet_option()
 @json_option()
 def command(reference: str, as_json: bool) -> None:
     """Recompute every digest of a checkpoint (RUN_DIR@REF), or of a whole run (RUN_DIR).
@@ -72,7 +72,7 @@ def _verify(run: OpenRun, id: CheckpointId, position: str) -> _Verdict:
         nbytes = 0
     except FormatVersionError as error:
         return _Verdict(id, 0, [], error)
-    with _progress(f"step {id.step} ({position})", nbytes) as advance:
+    with progress(f"verifying step {id.step} ({position})", nbytes) as advance:
         return _Verdict(id, nbytes, verify_checkpoint(run.catalog, id, advance))
 
 
@@ -157,22 +157,3 @@ def _error(run: OpenRun, verdicts: Sequence[_Verdict], records: Sequence[Damage]
         why=f"{f'{first.tensor} in ' if first.tensor else ''}{first.path}: {first.problem}",
         next=advice,
     )
-
-
-@contextmanager
-def _progress(what: str, nbytes: int) -> Iterator[Callable[[int], None]]:
-    """Show progress on stderr: a bar on a terminal, a line per checkpoint elsewhere."""
-    if not sys.stderr.isatty():
-        from ckptmgr.cli.output import format_nbytes, note
-
-        note(f"verifying {what}, {format_nbytes(nbytes)}")
-        yield lambda nbytes: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn("verifying {task.description}"), BarColumn(), DownloadColumn(binary_units=True))
-    console = Console(stderr=True)
-    with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task(what, total=nbytes)
-        yield lambda nbytes: progress.update(task, advance=nbytes)

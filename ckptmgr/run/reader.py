@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ckptmgr.errors import CorruptCheckpointError
-from ckptmgr.format.digest import block_digests, combined_digest
+from ckptmgr.format.digest import BLOCK_NBYTES, block_digests, combined_digest
 from ckptmgr.format.manifest import FileRecord, Manifest, TensorRecord
 from ckptmgr.format.record import parse_json
 from ckptmgr.storage.protocol import Storage
 
 __all__ = ["CheckpointReader"]
+
+# Remote storages read several blocks at once.
+_READ_NBYTES = 4 * BLOCK_NBYTES
 
 
 class CheckpointReader:
@@ -19,11 +23,15 @@ class CheckpointReader:
     Args:
         storage: The run's root.
         manifest: The checkpoint's manifest, already checked.
+        on_progress: Called with the number of bytes that were read and checked since the last call.
     """
 
-    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+    def __init__(
+        self, storage: Storage, manifest: Manifest, on_progress: Callable[[int], None] = lambda nbytes: None
+    ) -> None:
         self.storage = storage
         self.manifest = manifest
+        self._on_progress = on_progress
 
     def read_tensor(self, record: TensorRecord, into: memoryview | None = None) -> memoryview:
         """Return a tensor's stored bytes, row-major.
@@ -39,13 +47,18 @@ class CheckpointReader:
         buffer = memoryview(bytearray(record.nbytes)) if into is None else into
         file = self.manifest.files[record.file]
         what = f"tensor {record.name!r} of {record.entry!r} in {file.path}"
-        try:
-            self.storage.readinto(file.path, buffer, start=record.offset)
-        except FileNotFoundError as error:
-            raise self._damaged(what, "the file is missing") from error
-        except EOFError as error:
-            raise self._damaged(what, "the file is truncated") from error
-        if block_digests(buffer).hex() != record.blocks:
+        blocks = bytearray()
+        for start in range(0, record.nbytes or 1, _READ_NBYTES):
+            part = buffer[start : start + _READ_NBYTES]
+            try:
+                self.storage.readinto(file.path, part, start=record.offset + start)
+            except FileNotFoundError as error:
+                raise self._damaged(what, "the file is missing") from error
+            except EOFError as error:
+                raise self._damaged(what, "the file is truncated") from error
+            blocks += block_digests(part)
+            self._on_progress(part.nbytes)
+        if blocks.hex() != record.blocks:
             raise self._damaged(what, "its bytes do not match their digests")
         return buffer
 
