@@ -139,12 +139,13 @@ def _show_run(run: OpenRun, *, as_json: bool) -> None:
     from ckptmgr.cli.listing import list_run
     from ckptmgr.cli.output import format_metrics, format_time, note, print_json, print_pairs, print_table
     from ckptmgr.launch.relaunch import shell_line
+    from ckptmgr.run.life import life_of
 
     attempts = read_attempts(run.catalog)
     listing = list_run(run.catalog)
     marker = _marker(run.catalog)
     parent = marker.parent if marker else None
-    chapters = tell_story(run.catalog, attempts, parent=parent, is_alive=_is_alive(attempts))
+    chapters = tell_story(run.catalog, attempts, life=life_of(run.catalog))
     if as_json:
         print_json(
             {
@@ -201,7 +202,7 @@ def _show_run(run: OpenRun, *, as_json: bool) -> None:
                 str(chapter.nsaved or ""),
                 f"{attempt.claim.host}:{attempt.claim.pid}" if attempt.claim else "?",
                 _code(attempt),
-                shell_line(attempt.start.argv) if attempt.start else "",
+                shell_line(attempt.start.argv) if attempt.start and not attempt.start.fork_of else "",
             ]
             for attempt, chapter in zip(attempts, chapters, strict=True)
         ],
@@ -251,17 +252,3 @@ def _code(attempt: AttemptSummary) -> str:
     if git is None or git.commit is None:
         return ""
     return git.commit[:10] + (" (changed)" if git.is_dirty else "")
-
-
-def _is_alive(attempts: Sequence[AttemptSummary]) -> bool:
-    import os
-    import socket
-
-    newest = attempts[-1] if attempts else None
-    if newest is None or newest.end or newest.claim is None or newest.claim.host != socket.gethostname():
-        return False
-    try:
-        os.kill(newest.claim.pid, 0)
-    except OSError:
-        return False
-    return True

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ckptmgr.cli.listing import AttemptSummary
 from ckptmgr.format.layout import CheckpointId
 from ckptmgr.run.catalog import Catalog
+from ckptmgr.run.life import Life
 
 __all__ = ["Chapter", "tell_story"]
 
@@ -34,44 +35,40 @@ class Chapter:
     last_step: int | None
 
 
-def tell_story(
-    catalog: Catalog, attempts: list[AttemptSummary], *, parent: str | None, is_alive: bool
-) -> list[Chapter]:
+def tell_story(catalog: Catalog, attempts: list[AttemptSummary], *, life: Life) -> list[Chapter]:
     """Tell what each attempt of a run did, oldest first.
 
     Args:
         catalog: The run.
         attempts: Its attempts, oldest first.
-        parent: The checkpoint that the run was forked from.
-        is_alive: The process of the newest attempt is running.
+        life: How the run is doing.
     """
+    newest = attempts[-1].number if attempts else None
     return [
         _chapter(
             catalog,
             attempt,
-            parent=parent if index == 0 else None,
             is_first=not any(earlier.line for earlier in attempts[:index]),
-            is_alive=is_alive and index == len(attempts) - 1,
-            is_newest=index == len(attempts) - 1,
+            life=life if attempt.number == newest else None,
         )
         for index, attempt in enumerate(attempts)
     ]
 
 
-def _chapter(
-    catalog: Catalog, attempt: AttemptSummary, *, parent: str | None, is_first: bool, is_alive: bool, is_newest: bool
-) -> Chapter:
+def _chapter(catalog: Catalog, attempt: AttemptSummary, *, is_first: bool, life: Life | None) -> Chapter:
     own = [checkpoint for checkpoint in catalog.committed if checkpoint.attempt == attempt.number]
     last_step = own[-1].step if own else None
     experiment = attempt.start.experiment if attempt.start else None
-    changes = experiment.changes if experiment else ()
+    is_fork = attempt.start is not None and attempt.start.fork_of is not None
+    # The record of a fork is its parent's: what was changed there is no part of this run's story.
+    changes = experiment.changes if experiment and not is_fork else ()
     if len(changes) > _MAX_CHANGES:
         changes = (*changes[:_MAX_CHANGES], f"and {len(changes) - _MAX_CHANGES} more")
     return Chapter(
         number=attempt.number,
-        began=f"forked from {parent}" if parent else _began(catalog, attempt, is_first=is_first),
+        began="forked" if is_fork else _began(catalog, attempt, is_first=is_first),
         changes=changes,
-        ended=_ended(attempt, last_step, is_alive=is_alive, is_newest=is_newest),
+        ended=_ended(attempt, last_step, life),
         nsaved=len(own),
         last_step=last_step,
     )
@@ -95,20 +92,13 @@ def _began(catalog: Catalog, attempt: AttemptSummary, *, is_first: bool) -> str:
     return f"{'went back to' if left_behind else 'resumed at'} step {continues.step}"
 
 
-def _ended(attempt: AttemptSummary, last_step: int | None, *, is_alive: bool, is_newest: bool) -> str:
+def _ended(attempt: AttemptSummary, last_step: int | None, life: Life | None) -> str:
     if attempt.end is None:
-        if is_alive:
+        if life is not None and life.state == "running":
             return "running"
-        where = "" if last_step is None else f" after step {last_step} was saved"
-        # Of the newest, on another machine, nobody can tell.
-        return f"killed, or running elsewhere{where}" if is_newest and not _is_here(attempt) else f"killed{where}"
+        killed = "killed" if life is None or life.state == "crashed" else "killed, or running elsewhere"
+        return killed if last_step is None else f"{killed} after step {last_step} was saved"
     step = "" if attempt.end.step is None else f" at step {attempt.end.step}"
     # The first line says what happened; --json has all of them. An exception without a message leaves its colon.
     error = (attempt.end.error or "").partition("\n")[0].rstrip(": ")
     return f"{attempt.end.outcome}{step}" + (f": {error}" if error else "")
-
-
-def _is_here(attempt: AttemptSummary) -> bool:
-    import socket
-
-    return attempt.claim is not None and attempt.claim.host == socket.gethostname()

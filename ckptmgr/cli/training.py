@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import click
@@ -106,9 +107,18 @@ def train_and_report(
         raise
     except Exception as error:
         # It is the user's program that failed, so the user needs to see where.
-        traceback.print_exc()
+        traceback.print_exception(error.with_traceback(_of_the_program(error.__traceback__)))
         raise click.exceptions.Exit(1) from error
     _report(run_dir, as_json=as_json)
+
+
+def _of_the_program(trace: TracebackType | None) -> TracebackType | None:
+    """Return a traceback without the frames of ours that it begins with."""
+    package = str(Path(__file__).parents[1])
+    inner = trace
+    while inner is not None and inner.tb_frame.f_code.co_filename.startswith(package):
+        inner = inner.tb_next
+    return inner or trace
 
 
 def _report(run_dir: str, *, as_json: bool) -> None:

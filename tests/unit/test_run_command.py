@@ -107,14 +107,18 @@ def test_an_experiment_without_a_place_gets_a_fresh_one(project: Path, capsys: O
     assert document["step"] == 8
 
 
-def test_the_same_command_again_goes_on_and_another_configuration_is_told(project: Path, capsys: Output) -> None:
+def test_the_same_command_again_goes_on_and_another_configuration_is_told(
+    project: Path, capsys: Output, caplog: pytest.LogCaptureFixture
+) -> None:
     assert run(["run", "loop.yaml", "run_dir=runs/a"]) == 0
     assert run(["run", "loop.yaml", "run_dir=runs/a"]) == 0
-    assert "finished" in capsys.readouterr().err
+    assert "is finished" in caplog.text
+    capsys.readouterr()
     assert run(["run", "loop.yaml", "run_dir=runs/a", "loop.epochs=3", "optimizer.lr=0.01"]) == 0
     told = capsys.readouterr().err
     assert "loop.epochs: 2 -> 3" in told
-    assert "0.1 -> 0.01" in told
+    assert "optimizer.lr: 0.1 -> 0.01" in told
+    assert "applied: learning rate" in caplog.text
     assert [chapter["changes"] for chapter in story("runs/a", capsys)] == [
         [],
         [],
@@ -240,18 +244,18 @@ def test_going_back_takes_the_configuration_that_the_checkpoint_was_trained_with
     assert lr_of("runs/a") == 0.1
 
 
-def test_a_finished_run_says_so(project: Path, capsys: Output) -> None:
+def test_a_finished_run_says_so(project: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert run(["run", "loop.yaml", "run_dir=runs/a"]) == 0
     assert run(["resume", "runs/a"]) == 0
-    assert "is finished" in capsys.readouterr().err
+    assert "is finished" in caplog.text
 
 
 def test_a_fork_goes_on_by_itself_and_names_its_parent(project: Path, capsys: Output) -> None:
     assert run(["run", "loop.yaml", "run_dir=runs/a", "--quiet"]) == 0
     assert run(["resume", "runs/a@12", "--to", "runs/b", "optimizer.lr=0.02"]) == 0
     first, second = story("runs/b", capsys)
-    assert first["began"].startswith("forked from ")
-    assert "runs/a@0000000012-" in first["began"]
+    assert first["began"] == "forked"
+    assert "runs/a@0000000012-" in first["start"]["fork_of"]
     assert (second["began"], second["outcome"]) == ("resumed at step 12", "finished at step 16")
     assert second["changes"] == ["optimizer.lr: 0.1 -> 0.02"]
     assert lr_of("runs/b") == 0.02
