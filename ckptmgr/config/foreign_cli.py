@@ -8,7 +8,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from ckptmgr.config.rearrange import Moves, rearranged
-from ckptmgr.config.tree import MISSING, Path, Tree, join_key
+from ckptmgr.config.tree import MISSING, Path, Tree, join_key, leaves
 
 __all__ = ["is_lightning_cli", "translate_lightning_cli"]
 
@@ -23,6 +23,7 @@ _HOMES = {
     "loggers": "{lightning}.loggers",
 }
 _DURATION = re.compile(r"(?:\d+ days?, )?\d+:[0-5]\d:[0-5]\d(?:\.\d+)?")
+_UNWRITTEN = "Unable to serialize instance"
 _HEADER = re.compile(rb"#\s*(lightning\.pytorch|pytorch_lightning)==")
 
 
@@ -46,7 +47,10 @@ def translate_lightning_cli(tree: Tree, file: str) -> tuple[Tree, list[str]]:
     _plan_top(tree, moves, notes)
     _plan_trainer(tree.get("trainer"), moves, notes)
     _plan_classes(tree, (), moves)
+    _plan_unwritten(tree, moves, notes)
     new = rearranged(tree, moves)
+    if isinstance(tree.get("trainer"), dict):
+        new["trainer"] = {"_target_": f"{package}.Trainer"} | new.get("trainer", {})
     _finish(new, package, notes)
     for key, value in _durations(new, ()):
         notes.append(f"{key} is the duration {value!r} as text; `~{key}` leaves it at its default.")
@@ -123,9 +127,16 @@ def _plan_classes(value: Any, path: Path, moves: Moves) -> None:
         _plan_classes(item, (*path, key), moves)
 
 
+def _plan_unwritten(tree: Tree, moves: Moves, notes: list[str]) -> None:
+    unwritten = [path for path, value in leaves(tree) if isinstance(value, str) and value.startswith(_UNWRITTEN)]
+    for path in unwritten:
+        moves.leave_out(path)
+    if unwritten:
+        shown = ", ".join(join_key(path) for path in unwritten)
+        notes.append(f"Left out, because LightningCLI could not write them, so that defaults hold: {shown}.")
+
+
 def _finish(new: Tree, package: str, notes: list[str]) -> None:
-    if isinstance(new.get("trainer"), dict):
-        new["trainer"] = {"_target_": f"{package}.Trainer"} | new["trainer"]
     for slot in ("model", "data"):
         # What is missing can be given as an override without a plus, and is asked for if it is not.
         if isinstance(new.get(slot), dict) and "_target_" not in new[slot]:
