@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from ckptmgr.lightning.train_data import TrainData, capture_idle_loaders, changed_batch_sizes, restore_idle_loaders
+from ckptmgr.lightning.batch_size import changed_batch_sizes
+from ckptmgr.lightning.train_data import TrainData, capture_idle_loaders, restore_idle_loaders
 from ckptmgr.state.rng import restore_rng
 from ckptmgr.state.training_options import TrainingOptions
 

@@ -16,8 +16,8 @@ from typing import Any
 from torch.utils.data import Subset
 
 from ckptmgr.errors import StateMismatchError
-from ckptmgr.state.batch_sizes import SIZE_ATTRIBUTE, RecutBatches, batches_passed, recut_position
-from ckptmgr.state.changed_options import OptionChange
+from ckptmgr.lightning.batch_size import counted_anew
+from ckptmgr.state.batch_sizes import RecutBatches, batches_passed
 from ckptmgr.state.generators import capture_generators, restore_generators
 from ckptmgr.state.loader_facts import (
     describe_loader,
@@ -33,7 +33,7 @@ from ckptmgr.state.per_sample_seed import PerSampleSeed
 from ckptmgr.state.resume_plan import ResumePlan, plan_resume
 from ckptmgr.state.rng import capture_rng, restore_rng
 
-__all__ = ["TrainData", "capture_idle_loaders", "changed_batch_sizes", "restore_idle_loaders"]
+__all__ = ["TrainData", "capture_idle_loaders", "restore_idle_loaders"]
 
 _VERSION = 1
 # Of a position in an epoch with several batch sizes.
@@ -124,7 +124,7 @@ class TrainData:
         """
         saved = position["loaders"]
         if len(saved) == len(loaders) == 1 and not position["is_last"]:
-            position, message = _recut(position, loaders[0])
+            position, message = counted_anew(position, loaders[0])
             saved = position["loaders"]
             if message:
                 self._say(message)
@@ -332,44 +332,6 @@ class TrainData:
         if message not in self._said:
             self._said.add(message)
             self._notify(message)
-
-
-def changed_batch_sizes(position: Mapping[str, Any], loaders: list[Any]) -> list[OptionChange]:
-    """Return the batch sizes that differ from those of a saved position."""
-    name = "train loader" if len(loaders) == 1 else "train loader {}"
-    pairs = [
-        (saved["facts"]["batch_size"], describe_loader(loader)["batch_size"])
-        for saved, loader in zip(position["loaders"], loaders, strict=False)
-    ]
-    return [OptionChange(name.format(i), "batch_size", was, now) for i, (was, now) in enumerate(pairs) if was != now]
-
-
-def _recut(position: Mapping[str, Any], loader: Any) -> tuple[Mapping[str, Any], str]:
-    """Count a position anew if the loader has another batch size; say so."""
-    (saved,) = position["loaders"]
-    state = {
-        "epoch": position["epoch"],
-        "batch": position["batches"],
-        "recut": position.get("recut"),
-        "facts": saved["facts"],
-        "attributes": saved["attributes"],
-    }
-    found = recut_position(state, loader)
-    if found is None:
-        return position, ""
-    new, message = found
-    start = position["start"]
-    (at_start,) = start["attributes"]
-    # Beginning an epoch and reading change other numbers than this one.
-    at_start = {name: new["attributes"][name] if name == SIZE_ATTRIBUTE else value for name, value in at_start.items()}
-    anew = {
-        "batches": new["batch"],
-        "is_last": new["is_last_batch"],
-        "recut": new["recut"],
-        "start": {**start, "attributes": [at_start]},
-        "loaders": [{**saved, "facts": new["facts"], "attributes": new["attributes"]}],
-    }
-    return {**position, **anew}, message
 
 
 class _WatchedIterator(Iterator[Any]):

@@ -171,6 +171,33 @@ def test_workers_read_the_trained_batches_again_in_their_own_sizes(tmp_path: Pat
     assert any(message.startswith("replaying 3 batches of epoch 0") for message in caplog.messages)
 
 
+def test_another_optimizer_or_schedule_is_refused_and_the_line_of_the_run_stays(tmp_path: Path) -> None:
+    fit(tmp_path, Rates(0.1, ("training_step", 4)))
+    lines = sorted(tmp_path.rglob("line.json"))
+    checkpoints = sorted(tmp_path.rglob("manifest.json"))
+    for changed, what in ((Model(optimizer=torch.optim.SGD), "LR scheduler"), (Model(scheduler=step_lr), "AdamW")):
+        weights = {name: value.clone() for name, value in changed.state_dict().items()}
+        with pytest.raises(StateMismatchError, match=what):
+            fit(tmp_path, changed)
+        assert changed.seen == []
+        assert all(torch.equal(weights[name], value) for name, value in changed.state_dict().items())
+    assert sorted(tmp_path.rglob("line.json")) == lines
+    assert sorted(tmp_path.rglob("manifest.json")) == checkpoints
+    model = Rates(0.1)
+    fit(tmp_path, model, max_epochs=1)
+    assert model.rates == pytest.approx([0.1, 0.05, 0.05])
+
+
+def test_a_model_of_another_width_is_refused_before_the_run_is_claimed(tmp_path: Path) -> None:
+    fit(tmp_path, Model(("training_step", 4)))
+    files = sorted(tmp_path.rglob("*"))
+    model = Model()
+    model.net[0] = torch.nn.Linear(4, 8)
+    with pytest.raises(StateMismatchError, match=r"net\.0\.weight"):
+        fit(tmp_path, model)
+    assert sorted(tmp_path.rglob("*")) == files
+
+
 PROGRAM = """
 import json, os, signal, sys
 import lightning.pytorch as pl, torch
