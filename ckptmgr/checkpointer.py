@@ -30,6 +30,7 @@ from ckptmgr.state.changed_options import OptionChange
 from ckptmgr.state.data_position import DataPosition
 from ckptmgr.state.training_options import OnChangedOptions
 from ckptmgr.training_run import Monitor, TrainingRun
+from ckptmgr.words import where_it_begins
 
 __all__ = ["Checkpointer"]
 
@@ -348,7 +349,9 @@ class Checkpointer:
         dry_check(self._capture())
         run = self._open_run_dir(resume=resume)
         try:
-            if run.continued is not None:
+            if run.continued is None:
+                _log.info("%s", where_it_begins(self._run_dir, None))
+            else:
                 self._restore(run.continued)
             run.accept()
         except BaseException as error:
@@ -366,7 +369,8 @@ class Checkpointer:
     def _restore(self, loaded: LoadedCheckpoint) -> None:
         restored = self._loop.restore(loaded)
         self._step, self._metrics, self._position = restored.step, restored.metrics, restored.position
-        _log.info("resumed %s from step %d", self._run_dir, self._step)
+        data = self._position.tree if self._position else {"epoch": None, "batch": None}
+        _log.info("%s", where_it_begins(self._run_dir, self._step, epoch=data["epoch"], nbatches=data["batch"]))
 
     def _reason_to_save(self, *, is_epoch_end: bool, signalled: bool) -> str | None:
         epoch, seen = self._data.epoch if self._data else None, self._open_run().seen

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-__all__ = ["format_nbytes", "format_progress", "format_seconds", "printable_place"]
+__all__ = ["format_nbytes", "format_progress", "format_seconds", "printable_place", "where_it_begins"]
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
@@ -67,6 +67,28 @@ def printable_place(run_dir: str) -> str:
     if path.is_absolute() and path.is_relative_to(here) and path != here:
         return os.path.relpath(path, here)
     return run_dir
+
+
+def where_it_begins(run_dir: str, step: int | None, *, epoch: int | None = None, nbatches: int | None = None) -> str:
+    """Return what a manager says when training begins.
+
+    Args:
+        run_dir: The run.
+        step: The step that was restored; None where nothing was.
+        epoch: The epoch that it lies in, from 0; None where nobody counts.
+        nbatches: How many batches of that epoch are trained.
+
+    Example:
+        >>> where_it_begins("runs/x", 100, epoch=2, nbatches=40)
+        'resuming runs/x from step 100 (epoch 2, 40 batches trained)'
+        >>> where_it_begins("runs/x", None)
+        'saving in runs/x: training starts from nothing'
+    """
+    place = printable_place(run_dir)
+    if step is None:
+        return f"saving in {place}: training starts from nothing"
+    position = "" if epoch is None else f" (epoch {epoch}, {nbatches} batch{'' if nbatches == 1 else 'es'} trained)"
+    return f"resuming {place} from step {step}{position}"
 
 
 def _power(nbytes: int) -> int:

@@ -29,6 +29,7 @@ from ckptmgr.state.training_options import OnChangedOptions
 from ckptmgr.state.trees import copied_tree
 from ckptmgr.storage.open import open_storage
 from ckptmgr.training_run import RUN_DIR_VARIABLE, TrainingRun
+from ckptmgr.words import where_it_begins
 
 __all__ = ["Resume"]
 
@@ -159,7 +160,7 @@ class Resume:
         else:
             self._open_as_chosen()
         if self.loaded is None:
-            self._say(f"saving in {self._run_dir}: training starts from nothing")
+            self._say(where_it_begins(self._run_dir, None))
             return None
         return self._hand_over(self.loaded, explicit=explicit)
 
@@ -234,10 +235,8 @@ class Resume:
         self._sanity_steps, trainer.num_sanity_val_steps = trainer.num_sanity_val_steps, 0
         self._io.preloaded[url] = loaded
         data = position["data"] or {"epoch": 0, "batches": 0}
-        self._say(
-            f"resuming {loaded.run_dir} from step {loaded.manifest.step}: epoch {data['epoch']}, "
-            f"{data['batches']} batches trained"
-        )
+        step = loaded.manifest.step
+        self._say(where_it_begins(loaded.run_dir, step, epoch=data["epoch"], nbatches=data["batches"]))
         return url
 
     def _restore_sanity_check(self) -> None:

@@ -336,7 +336,7 @@ def test_ckptmgr_resume_overrides_the_directory_that_the_script_names(
     monkeypatch.setenv("CKPTMGR_RUN_DIR", f"{tmp_path}/run")
     with caplog.at_level(logging.INFO, logger="ckptmgr"):
         Training(tmp_path / "elsewhere").train(until=4)
-    assert f"resumed {tmp_path}/run from step 3" in caplog.text
+    assert f"resuming {tmp_path}/run from step 3 (epoch 0, 3 batches trained)" in caplog.text
     assert not (tmp_path / "elsewhere").exists()
 
 
