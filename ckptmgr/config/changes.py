@@ -53,10 +53,13 @@ class Change:
 
     def __str__(self) -> str:
         if self.old is ABSENT:
-            return f"{self.key}: added, {self._shown(self.new)}"
-        if self.new is ABSENT:
-            return f"{self.key}: removed, was {self._shown(self.old)}"
-        return f"{self.key}: {self._shown(self.old)} -> {self._shown(self.new)}"
+            text = f"added, {self._shown(self.new)}"
+        elif self.new is ABSENT:
+            text = f"removed, was {self._shown(self.old)}"
+        else:
+            text = f"{self._shown(self.old)} -> {self._shown(self.new)}"
+        # A key may hold anything that YAML can quote.
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{self.key}: {text}")
 
     def _shown(self, value: object) -> str:
         text = dump_flow(value)

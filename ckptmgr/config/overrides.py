@@ -26,7 +26,8 @@ from ckptmgr.errors import ConfigError
 
 __all__ = ["Override", "apply_overrides", "override_tree", "parse_override"]
 
-_FIRST_EQUALS = re.compile(r"(?<!\\)=")
+# Up to the first equals sign that no backslash stands before.
+_KEY = re.compile(r"((?:[^=\\]|\\.)*)=(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,9 @@ def parse_override(text: str, number: int = 1) -> Override:
         if text.startswith(prefix):
             raise ConfigError(f"{where}: {prefix!r} is nothing that an override starts with", next=hint)
     verb: Literal["change", "add", "remove"] = {"+": "add", "~": "remove"}.get(text[:1], "change")  # type: ignore[assignment]
-    key, *rest = _FIRST_EQUALS.split(text if verb == "change" else text[1:], maxsplit=1)
+    body = text if verb == "change" else text[1:]
+    split = _KEY.fullmatch(body)
+    key, *rest = split.groups() if split else (body,)
     if verb == "remove" and rest:
         raise ConfigError(f"{where}: a removal has no value", next=f"write ~{key}")
     if verb != "remove" and not rest:
@@ -101,7 +104,7 @@ def parse_override(text: str, number: int = 1) -> Override:
             f"{where}: there is no `=` in it", next="write key=value, +key=value to add, or ~key to remove"
         )
     try:
-        parts = tuple(split_key(key.strip()))
+        parts = tuple(split_key(key))
     except ValueError as error:
         raise ConfigError(f"{where}: the key cannot be read: {error}", next="write a key like optimizer.lr") from error
     if parts[0] == "includes":

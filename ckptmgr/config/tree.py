@@ -36,7 +36,8 @@ MAX_NODES = 10_000
 """Keys and values of one configuration. OmegaConf needs about a second for them."""
 MAX_DEPTH = 50
 
-_ESCAPED = ".[]="
+_ESCAPED = frozenset(".[]=\\")
+_ESCAPED_AT_START = ("+", "~", "-")
 # OmegaConf's parser takes time that grows with the square.
 _MAX_INTERPOLATED_LETTERS = 10_000
 _MAX_INTERPOLATIONS = 200
@@ -44,6 +45,8 @@ _MAX_INTERPOLATIONS = 200
 
 def split_key(text: str) -> list[str]:
     r"""Split a dotted key as OmegaConf does: ``a.b``, ``a[b]``, and ``a\.b`` for a key with a dot in it.
+
+    A backslash takes the meaning from a dot, a bracket, ``=``, from ``+``, ``~`` and ``-``, and from another backslash.
 
     Raises:
         ValueError: A part is empty, or a bracket is not closed.
@@ -57,7 +60,7 @@ def split_key(text: str) -> list[str]:
     position, bracketed, closed = 0, False, False
     while position < len(text):
         letter = text[position]
-        if letter == "\\" and text[position + 1 : position + 2] in tuple(_ESCAPED):
+        if letter == "\\" and text[position + 1 : position + 2] in (*_ESCAPED, *_ESCAPED_AT_START):
             part.append(text[position + 1])
             position, closed = position + 2, False
             continue
@@ -97,7 +100,8 @@ def join_key(path: Path) -> str:
         >>> join_key(("callbacks", 0, "a.b"))
         'callbacks.0.a\\.b'
     """
-    return ".".join("".join(f"\\{c}" if c in _ESCAPED else c for c in str(part)) for part in path)
+    key = ".".join("".join(f"\\{c}" if c in _ESCAPED else c for c in str(part)) for part in path)
+    return f"\\{key}" if key.startswith(_ESCAPED_AT_START) else key
 
 
 def leaves(tree: object, path: Path = ()) -> Iterator[tuple[Path, Any]]:
