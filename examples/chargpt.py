@@ -57,21 +57,21 @@ class WarmupCosine(LambdaLR):
 
 @ckptmgr.factory
 def train(checkpointer, model, optimizer, scheduler, train_loader, val_loader, epochs, val_every):
-    with checkpointer as ckpt:
-        step = ckpt.resume()
-        for x, y in ckpt.batches(train_loader, epochs=epochs):
-            loss = model(x, y)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
-            optimizer.step()
-            scheduler.step()
-            step += 1
-            metrics = {"loss": loss.item()}
-            if step % val_every == 0:  # before ckpt.step: what it draws and measures belongs to the step
-                model.eval()
-                with torch.no_grad():
-                    metrics["val_loss"] = sum(model(*batch).item() for batch in val_loader) / len(val_loader)
-                model.train()
-                print(f"step {step}: loss {metrics['loss']:.3f}, val_loss {metrics['val_loss']:.3f}", flush=True)
-            ckpt.step(step, metrics=metrics)  # saves when due
+    """`ckptmgr run` calls this with what it has built, and closes the checkpointer behind it."""
+    step = checkpointer.resume()
+    for x, y in checkpointer.batches(train_loader, epochs=epochs):
+        loss = model(x, y)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+        optimizer.step()
+        scheduler.step()
+        step += 1
+        metrics = {"loss": loss.item()}
+        if step % val_every == 0 or checkpointer.is_last_batch:
+            model.eval()
+            with torch.no_grad():
+                metrics["val_loss"] = sum(model(*batch).item() for batch in val_loader) / len(val_loader)
+            model.train()
+            print(f"step {step}: loss {metrics['loss']:.3f}, val_loss {metrics['val_loss']:.3f}", flush=True)
+        checkpointer.step(step, metrics=metrics)  # saves when due; last, so that a checkpoint has all of the step

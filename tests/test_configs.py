@@ -18,6 +18,7 @@ import yaml
 import ckptmgr
 from ckptmgr import Checkpointer, CheckpointManager
 from ckptmgr.cli.main import run
+from ckptmgr.cli.run import command
 from ckptmgr.config.compose import compose
 from ckptmgr.experiment.slots import DEFAULTS
 from ckptmgr.instantiate.allow_list import AllowList
@@ -107,9 +108,9 @@ def arguments_of(face: type) -> dict[str, Any]:
     }
 
 
-def commented_out(face: str) -> str:
-    """Return the block of the reference that is about a manager, without its comment marks."""
-    (block,) = re.findall(rf"^# .*\bckptmgr\.{face}:\n((?:^#   .*\n)+)", REFERENCE, re.M)
+def commented_out(about: str) -> str:
+    """Return the block of the reference that is about something, without its comment marks."""
+    (block,) = re.findall(rf"^# .*\b{about}\b.*:\n((?:^#   .*\n)+)", REFERENCE, re.M)
     return re.sub(r"^#   ", "", block, flags=re.M)
 
 
@@ -119,11 +120,16 @@ def test_the_reference_has_every_slot_with_its_default() -> None:
 
 @pytest.mark.parametrize("face", [CheckpointManager, Checkpointer], ids=lambda face: face.__name__)
 def test_the_reference_has_every_argument_with_its_default(face: type) -> None:
-    assert yaml.safe_load(commented_out(face.__name__)) == arguments_of(face)
+    assert yaml.safe_load(commented_out(f"ckptmgr.{face.__name__}")) == arguments_of(face)
+
+
+def test_the_reference_has_every_option_of_the_command() -> None:
+    options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+    assert {line.split()[0] for line in commented_out("ckptmgr run").splitlines()} == options
 
 
 def test_the_reference_says_of_every_key_what_it_means() -> None:
-    blocks = [commented_out("CheckpointManager"), commented_out("Checkpointer")]
+    blocks = [commented_out("ckptmgr.CheckpointManager"), commented_out("ckptmgr.Checkpointer")]
     keys = [line for line in REFERENCE.splitlines() if re.match(r"\w+:", line)]
     keys += [line for block in blocks for line in block.splitlines()]
     assert len(keys) == len(DEFAULTS) + len(arguments_of(CheckpointManager)) + len(arguments_of(Checkpointer))
