@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from ckptmgr.cli.complete import complete_reference
 from ckptmgr.errors import UsageError
 from ckptmgr.progress import set_quiet
 from ckptmgr.run.catalog import Catalog
@@ -38,7 +39,7 @@ class OpenRun:
 
 def run_dir_argument(metavar: str) -> Callable[[F], F]:
     """The argument that names a run, or a checkpoint of it."""
-    return click.argument("reference", metavar=metavar)
+    return click.argument("reference", metavar=metavar, shell_complete=complete_reference)
 
 
 def json_option() -> Callable[[F], F]:

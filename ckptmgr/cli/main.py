@@ -11,16 +11,20 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from ckptmgr.cli.printable import printable
 from ckptmgr.errors import CkptmgrError, UsageError
 
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
 __all__ = ["COMMANDS", "main", "run"]
 
 COMMANDS = {
+    "completion": "Print the script that makes a shell complete what is typed.",
     "ls": "List the checkpoints of a run, or the runs of a directory.",
     "prune": "Delete the checkpoints that no policy keeps.",
     "resume": "Start a run again, where it stopped.",
@@ -46,6 +50,16 @@ class _LazyCommands(click.Group):
         command: click.Command = importlib.import_module(f"ckptmgr.cli.{cmd_name}").command
         return command
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
+        from click.shell_completion import CompletionItem
+
+        # click would import every command for its help.
+        if incomplete.startswith("-"):
+            return click.Command.shell_complete(self, ctx, incomplete)
+        return [
+            CompletionItem(name, help=text) for name, text in sorted(COMMANDS.items()) if name.startswith(incomplete)
+        ]
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(sorted(COMMANDS.items()))
@@ -69,6 +83,12 @@ def _commands(ctx: click.Context, traceback: bool) -> None:
 
 def main() -> NoReturn:
     """Run the command line of this process and exit."""
+    instruction = os.environ.get("_CKPTMGR_COMPLETE")
+    if instruction:
+        # A shell asks what could be typed.
+        from ckptmgr.cli.completion import answer
+
+        sys.exit(answer(_commands, instruction))
     sys.exit(run(sys.argv[1:]))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckptmgr.cli.arguments import OpenRun, json_option, open_run, quiet_option, run_dir_argument
+from ckptmgr.cli.complete import complete_directory
 from ckptmgr.errors import NotAllowedError, ResumeRefusedError, UsageError
 from ckptmgr.run.reference import Reference
 
@@ -22,7 +23,12 @@ __all__ = ["command"]
 @click.command(name="resume")
 @run_dir_argument("RUN_DIR[@REF]")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--to", metavar="NEW_DIR", help="Fork: copy the checkpoint into a new run, and go on there.")
+@click.option(
+    "--to",
+    metavar="NEW_DIR",
+    shell_complete=complete_directory,
+    help="Fork: copy the checkpoint into a new run, and go on there.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the configuration, and what it would build.")
 @click.option("--allow", multiple=True, metavar="PATTERN", help="Allow targets, such as my_pkg.*; may be repeated.")
 @click.option("--print", "print_only", is_flag=True, help="Print the command instead of running it. For scripts.")

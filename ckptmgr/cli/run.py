@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckptmgr.cli.arguments import json_option, quiet_option
+from ckptmgr.cli.complete import complete_directory, complete_file
 from ckptmgr.errors import UsageError
 from ckptmgr.format.layout import RUN_MARKER
 
@@ -20,12 +21,17 @@ __all__ = ["command"]
 
 
 @click.command(name="run")
-@click.argument("config")
+@click.argument("config", shell_complete=complete_file)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Print the composed configuration and what would be built.")
 @click.option("--seed", type=int, help="The same as seed=N.")
 @click.option("--name", help="The same as name=NAME: a fresh run's directory begins with it.")
-@click.option("--run-dir", metavar="RUN_DIR", help="The same as run_dir=RUN_DIR; by default runs/NAME-TIME-XXXX.")
+@click.option(
+    "--run-dir",
+    metavar="RUN_DIR",
+    shell_complete=complete_directory,
+    help="The same as run_dir=RUN_DIR; by default runs/NAME-TIME-XXXX.",
+)
 @click.option("--allow", multiple=True, metavar="PATTERN", help="Allow targets, such as my_pkg.*; may be repeated.")
 @quiet_option()
 @json_option()

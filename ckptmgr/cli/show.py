@@ -9,6 +9,7 @@ from typing import Any, Literal
 import click
 
 from ckptmgr.cli.arguments import OpenRun, json_option, open_run, quiet_option
+from ckptmgr.cli.complete import complete_reference
 from ckptmgr.cli.listing import AttemptSummary, explain, read_attempts
 from ckptmgr.cli.story import tell_story
 from ckptmgr.errors import CheckpointNotFoundError, CkptmgrError, UsageError
@@ -20,7 +21,7 @@ __all__ = ["command"]
 
 
 @click.command(name="show")
-@click.argument("references", metavar="RUN_DIR[@REF]...", nargs=-1, required=True)
+@click.argument("references", metavar="RUN_DIR[@REF]...", nargs=-1, required=True, shell_complete=complete_reference)
 @click.option("--config", "which", flag_value="config", help="Print the configuration that it was built from.")
 @click.option("--resolved", "which", flag_value="resolved", help="The same, with everything in it resolved.")
 @quiet_option()
