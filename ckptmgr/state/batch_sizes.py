@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from ckptmgr.errors import StateMismatchError
 from ckptmgr.state.loader_facts import describe_loader, differences
@@ -120,12 +120,12 @@ def recut_position(state: Mapping[str, Any], loader: Any) -> tuple[dict[str, Any
 
 def _why_not(saved: Mapping[str, Any], loader: Any) -> str | None:
     kind = type(loader).__qualname__
+    if saved["kind"] == "stateful":
+        return f"{kind} has a state of its own, which counts batches"
+    if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
+        return f"{type(loader.dataset).__qualname__} is an IterableDataset, without an order that could be cut anew"
     if saved["kind"] != "map" or not isinstance(loader, DataLoader):
-        return (
-            f"{kind} has a state of its own, which counts batches"
-            if saved["kind"] == "stateful"
-            else (f"{kind} can only be read from its beginning")
-        )
+        return f"{kind} can only be read from its beginning"
     sampler = loader.batch_sampler
     if type(sampler) is not BatchSampler or saved["sampler"][:1] != [BatchSampler.__qualname__]:
         return f"{type(sampler).__qualname__} decides by itself which samples make a batch"

@@ -221,7 +221,7 @@ def test_the_trained_batches_are_read_again_in_their_own_sizes_where_they_have_t
 
 REFUSED: dict[str, tuple[Make, str]] = {
     "stateful": (lambda n: StatefulDataLoader(plain(), batch_size=n), "a state of its own"),
-    "stream": (lambda n: DataLoader(Stream(), batch_size=n), "read from its beginning"),
+    "stream": (lambda n: DataLoader(Stream(), batch_size=n), "Stream is an IterableDataset"),
     "batch sampler": (lambda n: DataLoader(plain(), batch_sampler=Buckets(n)), "Buckets decides by itself"),
     "no length": (lambda n: DataLoader(plain(), batch_size=n, sampler=Unsized()), "Unsized has no length"),
     "other data too": (
