@@ -88,6 +88,7 @@ class LoopHooks:
         self._is_restored = False
         self._is_counted_anew = False
         self._starts_here = False
+        self._notify = notify
         self.data = TrainData(notify)
         self.options: TrainingOptions | None = None
 
@@ -224,6 +225,12 @@ class LoopHooks:
             place = "validated" if pending["place"] == "step" and not position["batches"] else pending["place"]
             self._pending = {**pending, "data": position, "place": place}
             self._is_counted_anew = True
+            every = self._trainer.accumulate_grad_batches
+            if position["batches"] % every:
+                first = every - position["batches"] % every
+                self._notify(
+                    f"not exact: the next step gathers {first} of {every} batches, once, by the new batch size"
+                )
         if self._is_inside:
             self.data.prepare(position, loaders)
         else:

@@ -146,6 +146,15 @@ def test_validation_is_due_by_the_new_count_of_batches(tmp_path: Path) -> None:
     assert [step for step, _ in model.validated[::2]] == [2, 4, 6]
 
 
+def test_a_step_that_gathers_fewer_batches_is_named(tmp_path: Path, caplog: Any) -> None:
+    fit(tmp_path, Model(("training_step", 3)), batch_size=2, accumulate_grad_batches=2)
+    model = Model()
+    trainer, _ = fit(tmp_path, model, batch_size=4, accumulate_grad_batches=2, max_epochs=1)
+    assert "not exact: the next step gathers 1 of 2 batches, once, by the new batch size" in caplog.messages
+    assert [len(batch) for _, _, batch in model.seen] == [4, 4, 4, 4, 2]
+    assert trainer.global_step == 4
+
+
 def test_a_stream_is_refused_with_the_remedy(tmp_path: Path) -> None:
     fit(tmp_path, Model(("training_step", 3)), data=Stream(22))
     with pytest.raises(StateMismatchError, match="the batch size was 4 and is 8, in the middle of epoch 0") as refused:
