@@ -20,6 +20,7 @@ __all__ = [
     "cut_csv",
     "cut_events",
     "event_files",
+    "event_folders",
     "has_only_version",
     "mend_csv",
 ]
@@ -99,6 +100,22 @@ def event_files(fs: Any, folders: Iterable[str], root: str) -> dict[str, int]:
     return found
 
 
+def event_folders(fs: Any, root: str) -> list[str]:
+    """Return the folders of one TensorBoard log: its own, and those that ``add_scalars`` makes for each line.
+
+    They hold nothing but files of the processes that wrote the log.
+    """
+    writers = {_writer_of(name) for name in event_files(fs, [root], root)}
+    folders = [root]
+    for info in fs.ls(root, detail=True, refresh=True):
+        if info["type"] == "directory":
+            folder = posixpath.join(root, posixpath.basename(str(info["name"]).rstrip("/")))
+            names = [posixpath.basename(str(name)) for name in fs.ls(folder, detail=False, refresh=True)]
+            if all(_is_cut(name) or _writer_of(name) in writers for name in names):
+                folders.append(folder)
+    return folders
+
+
 def cut_events(
     fs: Any, root: str, end: Mapping[str, int], present: Collection[str], mark: str
 ) -> tuple[list[str], list[str]]:
@@ -149,6 +166,16 @@ def has_only_version(fs: Any, path: str) -> bool:
 def _is_event_file(name: str) -> bool:
     # Names come out of the run directory, and these files are cut.
     return _EVENTS in posixpath.basename(name) and ".." not in name.split("/") and not posixpath.isabs(name)
+
+
+def _writer_of(name: str) -> str | None:
+    """Return host and process out of ``events.out.tfevents.<time>.<host>.<process>.<number>``."""
+    _, found, rest = name.partition(f".{_EVENTS}.")
+    return rest.partition(".")[2].rpartition(".")[0] if found else None
+
+
+def _is_cut(name: str) -> bool:
+    return name.startswith("events.") and ".dropped-attempt-" in name
 
 
 def _first_record_nbytes(data: bytes) -> int:

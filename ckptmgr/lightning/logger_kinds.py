@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import posixpath
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from ckptmgr.lightning.log_files import (
     cut_csv,
     cut_events,
     event_files,
+    event_folders,
     has_only_version,
     mend_csv,
 )
@@ -160,8 +160,7 @@ class TensorBoardLogs(_Folders):
             # They are in the log, at step 0, and would be there twice.
             undo.callback(setattr, logger, "_default_hp_metric", logger._default_hp_metric)
             logger._default_hp_metric = False
-        folders = {posixpath.dirname(name) for name in (record.start or {}).get("files", {})}
-        return set(event_files(logger._fs, _below(logger.log_dir, folders), logger.log_dir))
+        return set(event_files(logger._fs, event_folders(logger._fs, logger.log_dir), logger.log_dir))
 
     def position(self, logger: Any) -> dict[str, Any]:
         logger.experiment.flush()
@@ -204,9 +203,7 @@ class WandbLogs(_Service):
             own = logger.version or getattr(current, "id", None)
             if own == record.version:
                 return None
-            raise NotContinued(
-                f"run {own} was chosen or begun before `fit`; WandbLogger(id={record.version!r}) goes on"
-            )
+            raise NotContinued(f"run {own} was chosen before `fit`; the earlier one is {record.version}")
         logger._id = logger._wandb_init["id"] = record.version
         return None
 
@@ -231,9 +228,7 @@ class MlflowLogs(_Service):
         if logger._run_id == record.version:
             return None
         if logger._run_id is not None:
-            raise NotContinued(
-                f"run {logger._run_id} was chosen before `fit`; MLFlowLogger(run_id={record.version!r}) is the other"
-            )
+            raise NotContinued(f"run {logger._run_id} was chosen before `fit`; the earlier one is {record.version}")
         client = logger._mlflow_client
         run = client.get_run(record.version)
         if run.info.lifecycle_stage != "active":
@@ -315,10 +310,6 @@ def _remove_if_empty(fs: Any, folder: Any) -> None:
     with contextlib.suppress(OSError):
         if not fs.ls(folder, detail=False):
             fs.rmdir(folder)
-
-
-def _below(root: str, folders: set[str]) -> list[str]:
-    return [posixpath.join(root, folder) if folder else root for folder in sorted({"", *folders})]
 
 
 def _secrets() -> tuple[str, ...]:

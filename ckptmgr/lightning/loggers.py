@@ -84,6 +84,9 @@ class Logs:
             # Where the run itself is at fault, it is said when it is opened.
             _log.debug("no logs are continued: %s", error)
             return
+        except Exception as error:
+            _log.warning("no logs are continued: %s: %s", type(error).__name__, error)
+            return
         taken: set[int] = set()
         for index, logger in enumerate(self._loggers):
             kind = kind_of(logger)

@@ -1,26 +1,33 @@
 """Loggers go on with the run's log: nothing is there twice, nothing is missing, what does not fit is left alone."""
 
+import contextlib
 import csv
 import json
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
 import lightning.pytorch as pl
 import pytest
 import pytorch_lightning
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning_samples import Broken, Model, make_trainer, plain_loader
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ckptmgr import KeepAll
 from ckptmgr.format.layout import attempt_key
 from ckptmgr.launch.logger_record import LoggerRecord, read_loggers, write_loggers
 from ckptmgr.lightning import CheckpointManager
 from ckptmgr.lightning.log_files import csv_position, cut_csv, cut_events
-from ckptmgr.lightning.loggers import log_positions
+from ckptmgr.lightning.logger_kinds import describe
+from ckptmgr.lightning.loggers import begin_logs, log_positions
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.storage.open import open_storage
+from ckptmgr.training_run import TrainingRun
 
 pytestmark = [
     # Lightning's, about a folder that it is given on purpose.
@@ -41,7 +48,7 @@ def train(
 ) -> pl.Trainer:
     pl.seed_everything(1, verbose=False)
     manager = CheckpointManager(root / run, every_n_train_steps=2, resume=resume, background=False)
-    trainer = make_trainer(root, manager, logger=list(loggers), max_epochs=epochs, **options)
+    trainer = make_trainer(root, manager, **{"logger": list(loggers), "max_epochs": epochs, **options})
     try:
         trainer.fit(model(at), plain_loader(), ckpt_path=ckpt_path)
     except Broken:
@@ -389,11 +396,148 @@ def test_pytorch_lightning_goes_on_logging_too(tmp_path: Path) -> None:
             default_root_dir=tmp_path,
             enable_progress_bar=False,
             enable_model_summary=False,
-            logger=pytorch_lightning.loggers.CSVLogger(tmp_path / "logs", name="a"),
+            logger=pytorch_lightning.loggers.CSVLogger(tmp_path / "logs", name="a", version="mine"),
             callbacks=[CheckpointManager(tmp_path / "run", every_n_epochs=1)],
         )
         trainer.fit(Small(), plain_loader())
-    assert [row["step"] for row in rows(tmp_path / "logs/a/version_0/metrics.csv")] == [str(n) for n in range(12)]
+    assert [row["step"] for row in rows(tmp_path / "logs/a/mine/metrics.csv")] == [str(n) for n in range(12)]
+
+
+def test_a_save_after_an_exception_knows_where_the_log_was_before_it(tmp_path: Path) -> None:
+    def start(name: str, at: tuple[str, int] | None) -> bytes:
+        pl.seed_everything(1, verbose=False)
+        manager = CheckpointManager(tmp_path / name, every_n_train_steps=100, save_on_exception=True)
+        trainer = make_trainer(tmp_path, manager, logger=logs(tmp_path / name))
+        with contextlib.suppress(Broken):
+            trainer.fit(Model(at), plain_loader())
+        return (tmp_path / name / "logs/a/version_0/metrics.csv").read_bytes()
+
+    expected = start("straight", None)
+    start("broken", ("validation_step", 1))
+    start("broken", ("training_step", 3))
+    assert start("broken", None) == expected
+
+
+class Pictures(Model):
+    """Logs more than numbers."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        writer = self.logger.experiment
+        writer.add_scalars("several", {"one": self.global_step, "two": 2 * self.global_step}, self.global_step)
+        writer.add_text("words", f"step {self.global_step}", self.global_step)
+        return super().training_step(batch, batch_idx)
+
+
+def shown(folder: Path) -> dict[str, list[Any]]:
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    found.Reload()
+    scalars = {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    tensors = {tag: [event.step for event in found.Tensors(tag)] for tag in found.Tags()["tensors"]}
+    return {**scalars, **tensors}
+
+
+def test_tensorboard_goes_on_with_everything_that_it_holds(tmp_path: Path) -> None:
+    def folder(name: str) -> Path:
+        return tmp_path / name / "lightning_logs/version_0"
+
+    train(tmp_path / "straight", model=Pictures, logger=TensorBoardLogger(tmp_path / "straight"))
+    for at in (("training_step", 2), ("training_step", 4), ("validation_step", 1), ("training_step", 2), None):
+        train(tmp_path / "broken", model=Pictures, at=at, logger=True, default_root_dir=tmp_path / "broken")
+    assert [path.name for path in folder("broken").parent.iterdir()] == ["version_0"]
+    assert shown(folder("broken")) == shown(folder("straight"))
+    for name in ("several_one", "several_two"):
+        points = shown(folder("broken") / name)["several"]
+        assert points == shown(folder("straight") / name)["several"]
+        assert len(points) == 12
+    # What was cut off can be read by who wants it, under its old name.
+    cut = next(folder("broken").glob("*.dropped-attempt-*"))
+    (tmp_path / "cut").mkdir()
+    shutil.copy(cut, tmp_path / "cut" / "events.tfevents.1")
+    assert shown(tmp_path / "cut")["loss_step"]
+
+
+def test_a_tensorboard_log_that_was_looked_at_before_fit_goes_on(tmp_path: Path) -> None:
+    train(tmp_path, TensorBoardLogger(tmp_path), at=("training_step", 4))
+    logger = TensorBoardLogger(tmp_path)
+    assert logger.experiment.log_dir.endswith("version_1")
+    train(tmp_path, logger, at=("training_step", 4))
+    # The same object again, as in a notebook.
+    train(tmp_path, logger)
+    assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]
+    assert [step for step, _ in shown(tmp_path / "lightning_logs/version_0")["loss_step"]] == list(range(12))
+
+
+def test_files_of_others_in_a_tensorboard_folder_stay(tmp_path: Path) -> None:
+    train(tmp_path, TensorBoardLogger(tmp_path), at=("training_step", 4))
+    others = [tmp_path / "lightning_logs/version_0" / name for name in ("notes.txt", "nested/events.tfevents.9")]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    train(tmp_path, TensorBoardLogger(tmp_path))
+    assert [path.read_text() for path in others] == ["mine", "mine"]
+
+
+@pytest.fixture
+def mlflow_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+
+
+def adopt(logger: Any, version: str, caplog: pytest.LogCaptureFixture) -> str:
+    """Try to go on with another run's log, and return what was said."""
+    record = describe(logger, "runs/x")
+    record = LoggerRecord(kind=record.kind, type=record.type, place=record.place, version=version)
+    caplog.clear()
+    with run_of_one_attempt(record) as run_dir:
+        stub = SimpleNamespace(loggers=[logger], global_step=0, world_size=1)
+        begin_logs(stub, run_dir, "auto", storage_options=None).close()
+    return caplog.text
+
+
+@contextlib.contextmanager
+def run_of_one_attempt(record: LoggerRecord) -> Iterator[str]:
+    fsspec.filesystem("memory").store.clear()
+    run = TrainingRun.open("memory://adopt", retention=KeepAll())
+    write_loggers(run.storage, 1, [record])
+    yield "memory://adopt"
+    run.close("failed")
+
+
+def test_a_wandb_run_that_the_user_chose_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger = WandbLogger(id="chosen", save_dir=tmp_path, offline=True)
+    assert "run chosen was chosen before `fit`; the earlier one is recorded" in adopt(logger, "recorded", caplog)
+    assert logger.version == "chosen"
+    assert adopt(logger, "chosen", caplog) == ""
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    assert adopt(logger, "recorded", caplog) == ""
+    assert logger.version == logger._wandb_init["id"] == "recorded"
+
+
+def test_an_mlflow_run_that_was_chosen_deleted_or_lost_is_not_taken_up(
+    mlflow_files: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def logger(**options: Any) -> MLFlowLogger:
+        return MLFlowLogger("e", tracking_uri=f"file:{tmp_path}/ml", **options)
+
+    first, second = logger().run_id, logger().run_id
+    assert first is not None
+    assert second is not None
+    assert f"run {second} was chosen before `fit`; the earlier one is {first}" in adopt(
+        logger(run_id=second), first, caplog
+    )
+    logger().experiment.delete_run(second)
+    assert f"run {second} was deleted" in adopt(logger(), second, caplog)
+    assert "could not be continued: MlflowException" in adopt(logger(), "0" * 32, caplog)
+    going_on = logger()
+    assert adopt(going_on, first, caplog) == ""
+    assert going_on.run_id == first
+
+
+def test_uploading_checkpoints_is_refused_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Uploading(Own):
+        _log_model = True
+
+    train(tmp_path, Uploading("one"), epochs=1)
+    assert "Uploading(log_model=...) uploads nothing" in caplog.text
 
 
 def test_a_position_from_before_a_new_column_names_the_same_rows(tmp_path: Path) -> None:
