@@ -12,6 +12,7 @@ object, and stands for itself. Overrides are applied from left to right.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from ckptmgr.config.merge import is_other_object, merged
 from ckptmgr.config.tree import MISSING, Path, Tree, freeze, join_key, plain, split_key
 from ckptmgr.config.yaml_source import parse_value
 from ckptmgr.errors import ConfigError
+from ckptmgr.launch.redact import REDACTED, is_secret_name, redact_argv, redact_text
 
 __all__ = ["Override", "apply_overrides", "override_tree", "parse_override"]
 
@@ -86,7 +88,8 @@ def parse_override(text: str, number: int = 1) -> Override:
     Raises:
         ConfigError: It cannot be read. Names its number and its text.
     """
-    where = f"override {number}, {text!r}"
+    # What is said about an override ends up in the logs of jobs.
+    where = f"override {number}, {redact_argv([text], os.environ).argv[0]!r}"
     for prefix, hint in (
         ("++", "`+key=value` adds a key, `key=value` changes one"),
         ("--", "overrides have no dashes: write key=value"),
@@ -165,7 +168,7 @@ def _add(container: Any, last: str, place: Any, path: Path, override: Override) 
     if place is not None and container[place] not in (MISSING, None):
         raise ConfigError(
             f"{override.where}: {key} is there already",
-            why=f"it is {_shown(container[place])}",
+            why=f"it is {_shown(container[place], last)}",
             next=f"write {key}=… without the plus to change it",
         )
     if isinstance(container, list):
@@ -262,10 +265,10 @@ def _no_container(value: object, path: Path, override: Override) -> ConfigError:
         hint = f"override what it refers to, or replace {key} as a whole"
     else:
         hint = f"write +{key}.…= to put a mapping there" if value is None else f"replace {key} as a whole"
-    return ConfigError(f"{override.where}: {key} has no keys: it is {_shown(value)}", next=hint)
+    return ConfigError(f"{override.where}: {key} has no keys: it is {_shown(value, str(path[-1]))}", next=hint)
 
 
-def _shown(value: object) -> str:
+def _shown(value: object, name: str = "") -> str:
     match value:
         case None:
             return "null"
@@ -273,7 +276,7 @@ def _shown(value: object) -> str:
             return f"a mapping with {', '.join(value) or 'no keys'}"
         case list():
             return f"a list of {len(value)}"
-    text = repr(value)
+    text = REDACTED if is_secret_name(name) else redact_text(repr(value))
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 

@@ -178,6 +178,14 @@ def test_a_slip_is_an_error_that_says_what_may_be_meant(override: str, said: str
     assert "\n" not in caught.value.what
 
 
+def test_what_is_said_about_an_override_holds_no_secret() -> None:
+    config = parse_config("wandb: {api_key: old-secret, url: 's3://me:old-secret@host'}", where="x")
+    for override in ("wandb.my_api_key=new-secret", "wandb.api_key.x=1", "+wandb.api_key=new-secret", "+wandb.url=1"):
+        with pytest.raises(ConfigError) as caught:
+            apply_overrides(config, [override])
+        assert "-secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize("path", [("a",), ("a", 0, "b"), ("a.b", "c[d]"), ("x=y", "\\"), ("a\\.b",)])
 def test_a_key_that_is_joined_is_split_into_the_same_parts(path: tuple[str | int, ...]) -> None:
     assert split_key(join_key(path)) == [str(part) for part in path]
