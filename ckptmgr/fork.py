@@ -162,7 +162,7 @@ class _Fork:
             run_id=run_id,
             checkpoint=str(checkpoint),
             attempt=attempt,
-            reason=f"fork of {self._parent}",
+            reason=f"fork of {_name_of(self._source.storage)}@{self._manifest.step}",
             created_at=utc_now(),
             files=files,
             metrics={
@@ -184,22 +184,22 @@ class _Fork:
         place = printable_place(self._to)
         if found.committed:
             if _parent_of(found) == self._parent:
-                raise _Occupied(
+                raise _occupied(
                     place, "it is this very fork, and it is whole", f"`ckptmgr resume {place}` goes on in it"
                 )
-            raise _Occupied(place, f"it holds a run with {len(found.committed)} checkpoints", "give another directory")
+            raise _occupied(place, f"it holds a run with {len(found.committed)} checkpoints", "give another directory")
         others = _other_names(self._target, found)
         if others:
             shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-            raise _Occupied(place, f"it holds {shown}", "give a directory that is empty, or not there yet")
+            raise _occupied(place, f"it holds {shown}", "give a directory that is empty, or not there yet")
         if found.is_run:
             marker = found.marker
             if marker.parent is None or _is_started(found):
-                raise _Occupied(place, "it holds a run, which has no checkpoint yet", "give another directory")
+                raise _occupied(place, "it holds a run, which has no checkpoint yet", "give another directory")
             if marker.parent != self._parent:
-                raise _Occupied(place, f"a fork of {marker.parent} was cut off there", "remove it, or fork that again")
+                raise _occupied(place, f"a fork of {marker.parent} was cut off there", "remove it, or fork that again")
         elif _is_started(found):
-            raise _Occupied(place, "it holds the records of a run", "give another directory")
+            raise _occupied(place, "it holds the records of a run", "give another directory")
 
     def _record_start(self, attempt: int) -> None:
         self._written.append(attempt_key(attempt, "line"))
@@ -235,7 +235,7 @@ class _Fork:
             there = decode_record(self._target.read(RUN_MARKER), RunMarker, where=RUN_MARKER)
             if there.parent != self._parent:
                 place = printable_place(self._to)
-                raise _Occupied(place, "another process has just made a run of it", "give another directory") from error
+                raise _occupied(place, "another process has just made a run of it", "give another directory") from error
             return there.run_id
         return marker.run_id
 
@@ -249,9 +249,8 @@ class _Fork:
                 self._target.delete(key)
 
 
-class _Occupied(UsageError):
-    def __init__(self, place: str, why: str, next: str) -> None:
-        super().__init__(f"cannot fork into {place}", why=why, next=next)
+def _occupied(place: str, why: str, next: str) -> UsageError:
+    return UsageError(f"cannot fork into {place}", why=why, next=next)
 
 
 def _start_of_fork(parent: StartRecord, reference: str) -> StartRecord:
@@ -341,6 +340,11 @@ def _refuse_nested(source: Storage, target: Storage) -> None:
 
 def _location(storage: Storage) -> str:
     return os.path.realpath(storage.url) if isinstance(storage, LocalStorage) else storage.url.rstrip("/")
+
+
+def _name_of(storage: Storage) -> str:
+    """Return the last part of a run's place, for people; the record of the fork has all of it."""
+    return redact_url(storage.url).rstrip("/").rpartition("/")[2]
 
 
 def _protocol(url: str) -> str:

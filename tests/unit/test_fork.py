@@ -89,7 +89,7 @@ def test_a_fork_is_whole_without_its_parent_and_names_it(source: LocalStorage, t
     assert verify_checkpoint(catalog, made.id) == []
     assert catalog.marker.parent == f"{source.url}@{parent.checkpoint}"
     assert catalog.marker.run_id == made.run_id != parent.run_id
-    assert made.reason == f"fork of {source.url}@{parent.checkpoint}"
+    assert made.reason == "fork of source@200"
     assert made.metrics == {"loss": 0.1, "acc": 0.9}
     assert (made.tags, made.continues) == ((), None)
     assert (made.monitor, made.mode) == (parent.monitor, parent.mode)
