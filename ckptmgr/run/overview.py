@@ -111,7 +111,8 @@ def look_at(name: str, storage: Storage, host: Host | None = None) -> RunOvervie
         created_at=created_at,
         best=found,
         ncheckpoints=len(catalog.committed),
-        nattempts=len(catalog.attempts),
+        # What has neither started nor left a line has only pruned.
+        nattempts=sum(records != {"claim", "end"} for records in catalog.attempts.values()),
         nbytes=sum(catalog.sizes.values()),
         problem=problem,
     )

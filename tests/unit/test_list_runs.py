@@ -183,3 +183,10 @@ def test_a_view_of_a_folder_is_read_only(tmp_path: Path) -> None:
     for change in (lambda: view.write("x", [b""]), lambda: view.delete("ckptmgr.json")):
         with pytest.raises(StorageError, match="it is open for reading alone"):
             change()
+
+
+def test_pruning_is_not_counted_as_a_start(tmp_path: Path, capsys: Output) -> None:
+    make(open_storage(tmp_path / "run"))
+    assert run(["prune", str(tmp_path / "run"), "--keep-last", "1"]) == 0
+    capsys.readouterr()
+    assert listed(tmp_path, capsys)["run"]["nattempts"] == 1
