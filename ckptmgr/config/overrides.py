@@ -230,8 +230,9 @@ def _no_such_key(
         if near
         else f"{join_key(path) or 'the top'} holds {siblings or 'nothing'}"
     )
-    adds = f"write +{missing}=… to add a key" if override.verb != "remove" else None
-    corrects = f"write {near[0]}" if near else None
+    rest = override.parts[len(path) + 1 :]
+    adds = f"write +{join_key((*path, part, *rest))}=… to add a key" if override.verb != "remove" else None
+    corrects = f"write {'.'.join([near[0], join_key(rest)] if rest else near[:1])}" if near else None
     return ConfigError(
         f"{override.where}: there is no key {missing}",
         why=why,

@@ -108,6 +108,7 @@ def test_the_given_configuration_stays_as_it_is() -> None:
         ("optimizer.lrr=1", "the nearest is optimizer.lr"),
         ("optimizer.lrr=1", "write +optimizer.lrr=… to add a key"),
         ("optimiser.lr=1", "the nearest is optimizer"),
+        ("optimiser.lr=1", "write optimizer.lr, or write +optimiser.lr=… to add a key"),
         ("lr=1", "the nearest is optimizer.lr"),
         ("zzz=1", "the top holds seed, name, optimizer"),
         ("~optimizer.lrr", "the nearest is optimizer.lr"),
