@@ -1,4 +1,4 @@
-"""The time of day, for records that people read. No decision is ever taken on it."""
+"""The time of day, for records that people read. Only `KeepWithin`, where a user chose it, decides by it."""
 
 from __future__ import annotations
 
