@@ -83,7 +83,7 @@ def note(text: str) -> None:
 def show_log() -> None:
     """Show what the managers log, line by line on stderr: each save, each resume, each warning.
 
-    With ``--quiet`` errors only. Idempotent. Where the user's own code sets logging up, that is where lines go.
+    With ``--quiet`` errors only. Idempotent. Where the user's own code logs to the terminal, it is not said twice.
     """
     logger = logging.getLogger("ckptmgr")
     if not any(isinstance(handler, _LogHandler) for handler in logger.handlers):
@@ -96,7 +96,8 @@ class _LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            if logging.getLogger().handlers:
+            users = [getattr(handler, "stream", None) for handler in logging.getLogger().handlers]
+            if any(stream in (sys.stderr, sys.stdout) for stream in users if stream is not None):
                 return
             mark = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
             print(f"ckptmgr: {mark}{self.format(record)}", file=sys.stderr, flush=True)
