@@ -114,7 +114,7 @@ class CsvLogs(_Folders):
 
     def adopt(self, logger: Any, record: LoggerRecord, undo: contextlib.ExitStack) -> Any:
         fresh = logger._experiment
-        if fresh is not None:
+        if fresh is not None and fresh.metrics:
             fresh.save()
         self.go_to(logger, record.version)
         cls = _continuing(type(fresh) if fresh is not None else _module_of(logger, "csv_logs").ExperimentWriter)

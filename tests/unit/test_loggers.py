@@ -431,8 +431,11 @@ class Pictures(Model):
 def shown(folder: Path) -> dict[str, list[Any]]:
     found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
     found.Reload()
-    scalars = {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
-    tensors = {tag: [event.step for event in found.Tensors(tag)] for tag in found.Tags()["tensors"]}
+    # Files of one second and one process are read in an order of their own.
+    scalars = {
+        tag: sorted((event.step, event.value) for event in found.Scalars(tag)) for tag in found.Tags()["scalars"]
+    }
+    tensors = {tag: sorted(event.step for event in found.Tensors(tag)) for tag in found.Tags()["tensors"]}
     return {**scalars, **tensors}
 
 
