@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 PROJECT = Path(__file__).parents[1]
 EPOCHS, STEPS_PER_EPOCH, KILL_AFTER = 5, 45, 100
+started: list[subprocess.Popen] = []
 
 
 def ckptmgr(*words: str, log: Path | None = None) -> subprocess.Popen:
@@ -21,7 +22,8 @@ def ckptmgr(*words: str, log: Path | None = None) -> subprocess.Popen:
     command = [sys.executable, "-m", "ckptmgr", *words]
     output = None if log is None else log.open("a")
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    return subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=output, stderr=output)
+    started.append(subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=output, stderr=output))
+    return started[-1]
 
 
 def kill_when_saved(training: subprocess.Popen, run_dir: Path, log: Path) -> None:
@@ -69,4 +71,9 @@ def prove(folder: Path) -> None:
 if __name__ == "__main__":
     (PROJECT / "runs").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="demo-", dir=PROJECT / "runs") as folder:
-        prove(Path(folder))
+        try:
+            prove(Path(folder))
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
