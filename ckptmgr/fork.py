@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from ckptmgr.errors import CkptmgrError, CorruptCheckpointError, UsageError
+from ckptmgr.errors import CheckpointNotFoundError, CkptmgrError, CorruptCheckpointError, UsageError
 from ckptmgr.format.layout import (
     ATTEMPTS,
     CHECKPOINTS,
@@ -25,7 +25,7 @@ from ckptmgr.format.layout import (
     attempt_key,
     manifest_key,
 )
-from ckptmgr.format.manifest import Manifest, RunMarker, metric_to_value
+from ckptmgr.format.manifest import FileRecord, Manifest, RunMarker, metric_to_value
 from ckptmgr.format.record import FORMAT_VERSION, decode_record, encode_record
 from ckptmgr.launch.experiment import document_digest
 from ckptmgr.launch.redact import redact_url
@@ -148,9 +148,7 @@ class _Fork:
         checkpoint = CheckpointId(self._manifest.step, attempt, 0)
         try:
             self._record_start(attempt)
-            what = f"copying step {self._manifest.step} to {printable_place(self._to)}"
-            with progress(what, self._manifest.nbytes) as advance:
-                files = copy_files(self._source.storage, self._manifest, self._target, checkpoint, advance)
+            files = self._copy(checkpoint)
             refuse_if_fenced(self._target, attempt)
         except BaseException:
             self._clear_away(checkpoint.folder)
@@ -179,6 +177,21 @@ class _Fork:
         collect_torn(whole, attempt)
         collect_temporary(whole, attempt)
         return copied
+
+    def _copy(self, checkpoint: CheckpointId) -> tuple[FileRecord, ...]:
+        source, manifest = self._source.storage, self._manifest
+        try:
+            with progress(f"copying step {manifest.step} to {printable_place(self._to)}", manifest.nbytes) as advance:
+                return copy_files(source, manifest, self._target, checkpoint, advance)
+        except CorruptCheckpointError as error:
+            if manifest.id in Catalog(source).committed:
+                raise
+            # The parent may train on, and its retention be faster than the copy.
+            raise CheckpointNotFoundError(
+                f"step {manifest.step} of {source.url} was deleted while it was copied",
+                why="the retention of the parent dropped it",
+                next="fork a newer step, or one that is tagged",
+            ) from error
 
     def _refuse_other(self, found: Catalog) -> None:
         place = printable_place(self._to)

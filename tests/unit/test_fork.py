@@ -6,12 +6,14 @@ import shutil
 import struct
 import uuid
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from run_samples import create_run, save, start
 
-from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError, UsageError
+from ckptmgr import fork
+from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError, Fenced, StorageError, UsageError
 from ckptmgr.fork import fork_run, refuse_cut_off_fork
 from ckptmgr.format.digest import BLOCK_NBYTES
 from ckptmgr.format.layout import RUN_MARKER, CheckpointId, attempt_key, manifest_key, note_key
@@ -22,6 +24,7 @@ from ckptmgr.launch.experiment import ExperimentRecord, document_digest
 from ckptmgr.launch.start_record import StartRecord, describe_start
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.lineage import claim_attempt
+from ckptmgr.run.prune import delete_checkpoints
 from ckptmgr.run.reader import CheckpointReader
 from ckptmgr.run.reference import Reference, parse_reference
 from ckptmgr.run.verify import verify_checkpoint
@@ -295,3 +298,54 @@ def test_credentials_of_the_parent_are_not_recorded(source: LocalStorage, tmp_pa
     fork_run(parse_reference(place), str(tmp_path / "new"))
     stored = b"".join((tmp_path / "new" / name).read_bytes() for name in files_below(tmp_path / "new"))
     assert b"password" not in stored
+
+
+def test_a_checkpoint_that_retention_deletes_meanwhile_is_told_as_such(
+    source: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_files = fork.copy_files
+
+    def late(*args: Any) -> Any:
+        delete_checkpoints(Catalog(source), [CheckpointId(100, 1, 0)])
+        return copy_files(*args)
+
+    monkeypatch.setattr(fork, "copy_files", late)
+    with pytest.raises(CheckpointNotFoundError, match="deleted while it was copied"):
+        fork_run(Reference(source.url, "100"), str(tmp_path / "new"))
+    assert files_below(tmp_path / "new") == []
+
+
+def test_a_fork_that_is_interrupted_leaves_nothing(
+    source: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_files = fork.copy_files
+
+    def interrupted(*args: Any) -> Any:
+        copy_files(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fork, "copy_files", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fork_run(Reference(source.url), str(tmp_path / "new"))
+    assert files_below(tmp_path / "new") == []
+
+
+@pytest.mark.parametrize("other", ["300", "100"])
+def test_of_two_forks_into_one_directory_one_is_told_that_it_lost(
+    source: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    copy_files = fork.copy_files
+    winners: list[Manifest] = []
+
+    def overtaken(*args: Any) -> Any:
+        monkeypatch.setattr(fork, "copy_files", copy_files)
+        winners.append(fork_run(Reference(source.url, other), str(tmp_path / "new")))
+        return copy_files(*args)
+
+    monkeypatch.setattr(fork, "copy_files", overtaken)
+    with pytest.raises(Fenced):
+        fork_run(Reference(source.url, "300"), str(tmp_path / "new"))
+    catalog = Catalog.of_existing_run(LocalStorage(tmp_path / "new"))
+    assert catalog.latest() == winners[0]
+    assert verify_checkpoint(catalog, winners[0].id) == []
+    assert catalog.torn == []
