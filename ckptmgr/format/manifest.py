@@ -199,6 +199,7 @@ class Manifest(_Record, frozen=True):
 class ManifestExcerpt(_Record, frozen=True):
     """The fields of a manifest that a list of many checkpoints shows."""
 
+    version: int
     run_id: str
     checkpoint: str
     step: int

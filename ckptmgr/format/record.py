@@ -10,6 +10,7 @@ The prefix has a fixed length, so the body's bytes can be cut out and hashed wit
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import msgspec
@@ -78,11 +79,13 @@ def decode_excerpt(data: bytes, kind: type[T], *, where: str, max_nbytes: int = 
     """
     body = _checked_body(data, where, max_nbytes)
     try:
-        version = msgspec.json.decode(body, type=_Version).version
-        _refuse_newer(version, where)
-        return msgspec.json.decode(body, type=kind)
+        excerpt = msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            _refuse_newer(msgspec.json.decode(body, type=_Version).version, where)
         raise _corrupt(where, f"a field is not as the format says: {error}") from error
+    _refuse_newer(getattr(excerpt, "version", None), where)
+    return excerpt
 
 
 class _Version(msgspec.Struct, frozen=True):

@@ -4,8 +4,8 @@ import msgspec
 import pytest
 
 from ckptmgr.errors import CorruptCheckpointError, FormatVersionError
-from ckptmgr.format.manifest import AttemptClaim
-from ckptmgr.format.record import FORMAT_VERSION, decode_record, encode_record, parse_json
+from ckptmgr.format.manifest import AttemptClaim, RunMarker
+from ckptmgr.format.record import FORMAT_VERSION, decode_excerpt, decode_record, encode_record, parse_json
 
 CLAIM = AttemptClaim(version=1, attempt=3, nonce="ab", claimed_at="2026-01-01T00:00:00Z", host="node", pid=7)
 
@@ -60,3 +60,25 @@ def test_a_record_that_is_too_large_is_refused_before_it_is_parsed() -> None:
 def test_what_is_not_strict_json_is_refused(text: bytes) -> None:
     with pytest.raises(CorruptCheckpointError):
         parse_json(text, where="state.json")
+
+
+def test_an_excerpt_is_checked_like_the_whole_record_where_it_is_read() -> None:
+    marker = RunMarker(version=1, run_id="00" * 8, created_at="now", parent="p")
+
+    class Excerpt(msgspec.Struct, frozen=True):
+        version: int
+        run_id: str
+
+    class Later(msgspec.Struct, frozen=True):
+        version: int
+        run_id: int
+
+    data = encode_record(marker)
+    assert decode_excerpt(data, Excerpt, where="x").run_id == "00" * 8
+    with pytest.raises(CorruptCheckpointError, match="x is damaged"):
+        decode_excerpt(data.replace(b"now", b"nox"), Excerpt, where="x")
+    with pytest.raises(CorruptCheckpointError, match="a field is not as the format says"):
+        decode_excerpt(data, Later, where="x")
+    for later in (encode_record(Excerpt(version=9, run_id="a")), encode_record(Later(version=9, run_id=1))):
+        with pytest.raises(FormatVersionError):
+            decode_excerpt(later, Excerpt, where="x")
