@@ -49,15 +49,15 @@ class Task(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.hparams["lr"])
 
 
-def make_loggers(folder: Path) -> list[Any]:
+def make_loggers(folder: Path, *, with_wandb: bool) -> list[Any]:
     from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
     (folder / "wandb").mkdir(parents=True, exist_ok=True)
     return [
         CSVLogger(folder, name="csv"),
         TensorBoardLogger(folder, name="tb"),
-        WandbLogger(save_dir=folder, project="tests", offline=True),
         MLFlowLogger("tests", tracking_uri=f"file:{folder}/mlflow"),
+        *([WandbLogger(save_dir=folder, project="tests", offline=True)] if with_wandb else []),
     ]
 
 
@@ -75,7 +75,7 @@ def main(job: dict[str, Any]) -> None:
         accelerator="cpu",
         max_epochs=3,
         log_every_n_steps=1,
-        logger=make_loggers(folder),
+        logger=make_loggers(folder, with_wandb=job["wandb"]),
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,

@@ -25,7 +25,9 @@ class Trainings:
             assert ended.exit_code == (-9 if kill_at else 0), ended.log
 
     def run(self, name: str, *, kill_at: int | None = None, resume: str = "auto", lr: float = 0.01) -> Ended:
-        job = {"folder": str(self.folder / name), "kill_at": kill_at, "resume": resume, "lr": lr}
+        # Two seconds for each start.
+        wandb = name == "killed"
+        job = {"folder": str(self.folder / name), "kill_at": kill_at, "resume": resume, "lr": lr, "wandb": wandb}
         ended = self.forge.run("logger_script", job, log=self.folder / f"{name}-{len(self.logs)}.log")
         self.logs.append(ended.log)
         return ended
@@ -80,7 +82,7 @@ def test_mlflow_goes_on_with_the_same_run(trainings: Trainings) -> None:
 def test_each_attempt_records_its_logs(trainings: Trainings) -> None:
     storage = LocalStorage(trainings.folder / "killed/run")
     first, *others = ([(r.kind, r.version) for r in read_loggers(storage, attempt)] for attempt in (1, 2, 3))
-    assert [kind for kind, _ in first] == ["csv", "tensorboard", "wandb", "mlflow"]
+    assert [kind for kind, _ in first] == ["csv", "tensorboard", "mlflow", "wandb"]
     assert others == [first, first]
 
 
