@@ -45,7 +45,7 @@ complete -o nosort -F %(complete_func)s %(prog_name)s 2> /dev/null || complete -
 
 
 @click.command(name="completion")
-@click.argument("shell", type=click.Choice(_SHELLS))
+@click.argument("shell", metavar="bash|fish|zsh", type=click.Choice(_SHELLS))
 @quiet_option()
 @json_option()
 def command(shell: str, as_json: bool) -> None:

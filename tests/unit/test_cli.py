@@ -264,7 +264,7 @@ def test_nothing_to_verify_is_not_found(tmp_path: Path) -> None:
 # Wrong input
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"run"}))
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"run", "completion"}))
 def test_what_is_no_run_is_told_in_three_lines(tmp_path: Path, capsys: Output, command: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
@@ -356,7 +356,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"run"}))
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"run", "completion"}))
 def test_no_command_imports_torch(run_dir: Path, command: str) -> None:
     options = ["--print", "--allow-command"] if command == "resume" else []
     for arguments in ([command, "--help"], [command, str(run_dir), *options], [command, "/nowhere"]):
