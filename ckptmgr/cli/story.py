@@ -76,7 +76,8 @@ def _chapter(catalog: Catalog, attempt: AttemptSummary, *, is_first: bool, life:
 
 def _began(catalog: Catalog, attempt: AttemptSummary, *, is_first: bool) -> str:
     if attempt.line is None:
-        return "did not train"
+        # Whoever only deletes claims the run, and starts nothing.
+        return "pruned" if attempt.start is None and attempt.end is not None else "did not train"
     continues = attempt.line.continues
     if continues is None:
         return "started" if is_first else "started anew"
