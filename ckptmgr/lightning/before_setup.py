@@ -15,6 +15,7 @@ from ckptmgr.lightning.compat import module_of
 __all__ = ["SetupListener", "announce_setup"]
 
 _NAME = "_call_setup_hook"
+_MARK = "_announces_setup"
 
 
 @runtime_checkable
@@ -29,7 +30,7 @@ def announce_setup(tree: str) -> None:
     """Tell listeners of all Trainers of a class tree before their setup. Idempotent."""
     module = module_of(tree, "trainer.call")
     original = getattr(module, _NAME, None)
-    if original is None or hasattr(original, "__wrapped__"):
+    if original is None or hasattr(original, _MARK):
         # Without it loggers are still taken up, later and with less.
         return
 
@@ -39,5 +40,5 @@ def announce_setup(tree: str) -> None:
                 callback.before_loggers_begin(trainer)
         original(trainer)
 
-    call_setup_hook.__wrapped__ = original  # type: ignore[attr-defined]
+    setattr(call_setup_hook, _MARK, True)
     setattr(module, _NAME, call_setup_hook)

@@ -120,13 +120,13 @@ class Logs:
         for adopted in self._adopted:
             with _warning_of_failure(adopted.logger):
                 self._rewind(adopted, run.attempt, saved)
-        records = []
+        records: list[LoggerRecord] = []
         for logger in self._loggers:
+            records.append(LoggerRecord(kind="other", type=type(logger).__qualname__))
             with _warning_of_failure(logger):
-                record = describe(logger, self._run_dir)
-                records.append(_with_start(record, _position(logger)))
-                self._tell(logger, record, len(records) - 1)
-        if len(records) == len(self._loggers) and records:
+                records[-1] = _with_start(describe(logger, self._run_dir), _position(logger))
+                self._tell(logger, records[-1], len(records) - 1)
+        if records:
             try:
                 write_loggers(run.storage, run.attempt, records)
             except (CkptmgrError, OSError) as error:
