@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ckptmgr.errors import UsageError
-from ckptmgr.storage.protocol import Buffer, Entry, Storage
+from ckptmgr.storage.protocol import Buffer, CopiesFrom, Entry, Storage
 
 __all__ = ["StorageConformance"]
 
@@ -296,3 +296,17 @@ class StorageConformance:
         with pytest.raises(UsageError):
             storage.delete(key)
         assert storage.list() == []
+
+    def test_what_the_server_copies_is_a_whole_object_of_its_own(self, storage: Storage) -> None:
+        if not isinstance(storage, CopiesFrom):
+            return
+        storage.write("a/one", [b"content"])
+        other = self.reopen(storage)
+        if other is storage or not storage.copy_from(other, "a/one", "b/two"):
+            return
+        assert other.read("b/two") == b"content"
+        storage.delete("a/one")
+        assert other.list() == [Entry("b/two", 7)]
+        with pytest.raises(FileNotFoundError):
+            storage.copy_from(other, "a/one", "b/three")
+        assert other.list() == [Entry("b/two", 7)]

@@ -69,8 +69,9 @@ def test_within_s3_the_server_copies_what_is_large(
     copy_from = FsspecStorage.copy_from
 
     def counting(self: FsspecStorage, source: Any, source_key: str, key: str) -> bool:
-        copied.append(key.rpartition("/")[2])
-        return copy_from(self, source, source_key, key)
+        is_copied = copy_from(self, source, source_key, key)
+        copied.extend([key.rpartition("/")[2]] * is_copied)
+        return is_copied
 
     monkeypatch.setattr(FsspecStorage, "copy_from", counting)
     fork_run(Reference(parent), new, storage_options=options)
