@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from ckptmgr.format.layout import RUN_MARKER
 from ckptmgr.format.record import FORMAT_VERSION
 from ckptmgr.launch.experiment import ExperimentRecord, current_experiment
 from ckptmgr.launch.git import GitState, read_git_state
@@ -137,7 +138,7 @@ def describe_start(*, run_dir: str | None = None) -> StartRecord:
         project_root=_text(str(root)),
         executable=_text(sys.executable or ""),
         versions=recorded_versions(),
-        git=read_git_state(root, ignore=None if run_dir is None or "://" in run_dir else Path(run_dir).resolve()),
+        git=_git_state(root, run_dir),
         host=socket.gethostname(),
         pid=os.getpid(),
         user=_user(),
@@ -146,6 +147,13 @@ def describe_start(*, run_dir: str | None = None) -> StartRecord:
         topology=_topology(os.environ),
         experiment=None if experiment is None else experiment.record,
     )
+
+
+def _git_state(root: Path, run_dir: str | None) -> GitState | None:
+    # A repository can name programs that git runs (filters). What came with a run directory is never executed.
+    if any((folder / RUN_MARKER).exists() for folder in (root, *root.parents)):
+        return None
+    return read_git_state(root, ignore=None if run_dir is None or "://" in run_dir else Path(run_dir).resolve())
 
 
 def _storable(words: Sequence[str]) -> tuple[tuple[str, ...], bool]:

@@ -212,6 +212,21 @@ def test_the_runs_own_files_do_not_make_the_work_tree_dirty(project: Path) -> No
     assert not state.is_dirty
 
 
+def test_a_repository_in_a_run_directory_is_not_asked(project: Path, tmp_path: Path) -> None:
+    # Its configuration could name a filter, which is a program.
+    git(project, "init")
+    git(project, "config", "filter.theirs.clean", f"touch {tmp_path}/executed; cat")
+    (project / ".gitattributes").write_text("train.py filter=theirs\n")
+    git(project, "add", ".")
+    git(project, "commit", "-m", "first")
+    (tmp_path / "executed").unlink(missing_ok=True)
+    (project / "train.py").write_text(DESCRIBE + "\n")
+    (project / "ckptmgr.json").touch()
+    assert start("train.py", cwd=project).git is None
+    assert start("-m", "pkg.fit", cwd=project).git is None
+    assert not (tmp_path / "executed").exists()
+
+
 def test_without_git_or_repository_or_time_there_is_no_state_and_no_error(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
