@@ -14,7 +14,7 @@ __all__ = ["STOPPED", "StopSignal", "is_wanted_end"]
 
 _log = logging.getLogger("ckptmgr")
 
-STOPPED = "%s: told to stop, and step %d is saved; start it again to go on"
+STOPPED = "%s: told to stop, and step %d is saved; `ckptmgr resume` with it, or the same start again, goes on"
 """What a manager says, with run directory and step, before it raises `Preempted`."""
 
 
