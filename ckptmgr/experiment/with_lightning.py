@@ -74,6 +74,7 @@ def _parts(plan: Plan, module: Any, *, root: str) -> list[Part]:
     for argument, slot in (("callbacks", "callbacks"), ("logger", "loggers")):
         if isinstance(trainer.get(argument), list | Mapping):
             raise slot_error(f"trainer.{argument}", f"the slot for it is {slot!r}", f"move it there: {slot}: …")
+    _refuse_second_manager(plan)
     loggers = by_name(tree["loggers"] or None)
     return [
         Part("model", module.LightningModule, f"a {name}.LightningModule", tree["model"]),
@@ -104,6 +105,18 @@ def _parts(plan: Plan, module: Any, *, root: str) -> list[Part]:
             extra=("callbacks",) if tree["loggers"] is None else ("callbacks", "logger"),
         ),
     ]
+
+
+def _refuse_second_manager(plan: Plan) -> None:
+    # It would take over the run that it names, delete from it what its own policies do not keep, and restore from it.
+    for name, node in (by_name(plan.tree["callbacks"]) or {}).items():
+        found = None if node is None else class_of(plan, f"callbacks.{name}", node)
+        if isinstance(found, type) and issubclass(found, CheckpointManager):
+            raise slot_error(
+                f"callbacks.{name}",
+                "it is a manager of checkpoints, and an experiment has one, in its run directory",
+                "move its arguments to the slot 'checkpoint', or remove it",
+            )
 
 
 def _tree_of(plan: Plan) -> str:

@@ -176,6 +176,7 @@ def test_a_loop_saves_what_the_slot_state_holds(project: Path) -> None:
         (["fit.yaml", "data._target_=PACKAGE.Points", "~data.batch_size"], 2, "LightningDataModule"),
         (["fit.yaml", "optimizer={_target_: PACKAGE.Net}"], 2, "torch.optim.Optimizer"),
         (["fit.yaml", "callbacks={a: {_target_: PACKAGE.Model}}"], 2, "Callback"),
+        (["fit.yaml", "callbacks={a: {_target_: ckptmgr.CheckpointManager, run_dir: x}}"], 2, "slot 'checkpoint'"),
         (["fit.yaml", "checkpoint.every_n_train_steps=0"], 2, "checkpoint"),
         (["fit.yaml", "+checkpoint.run_dir=x"], 2, "run_dir"),
         (["fit.yaml", "+trainer.callbacks=[]"], 2, "callbacks"),
