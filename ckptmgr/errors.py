@@ -163,7 +163,7 @@ class SaveFailedError(CkptmgrError):
 
 
 class ResumeRefusedError(CkptmgrError):
-    """The recorded command is not one that may be relaunched without being asked."""
+    """What came with the run directory is not to be trusted that far: its command, or a link in it."""
 
     code = "resume-refused"
 

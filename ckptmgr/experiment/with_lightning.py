@@ -11,6 +11,7 @@ import torch
 
 from ckptmgr.experiment.construct import Construction, Part, by_name, class_of
 from ckptmgr.experiment.forking import fork_if_it_fits
+from ckptmgr.experiment.links import refuse_links_out
 from ckptmgr.experiment.plan import Plan
 from ckptmgr.experiment.slots import slot_error
 from ckptmgr.launch.run_directory import absolute
@@ -46,9 +47,11 @@ def train(plan: Plan, *, run_dir: str, resume: str, fork_from: Reference | None 
     Raises:
         ConfigError: Something cannot be built. Nothing was claimed.
         StateMismatchError: The checkpoint does not fit what was built. Nothing was claimed.
+        ResumeRefusedError: A link in the run directory leads out of it. Nothing was built.
     """
     module = importlib.import_module(_tree_of(plan))
     making = Construction(plan, _parts(plan, module, root=absolute(run_dir)))
+    refuse_links_out(absolute(run_dir))
     if plan.tree["seed"] is not None:
         module.seed_everything(plan.tree["seed"], workers=True, verbose=False)
     model = making.one("model")

@@ -301,6 +301,32 @@ def test_a_run_directory_does_not_decide_what_is_imported(
     assert attempts(".") == before
 
 
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [("elsewhere/hparams.yaml", "mine/profile"), ("elsewhere/version_9", "mine"), ("new.csv", "mine/not_there")],
+)
+def test_nothing_is_written_through_a_link_that_came_with_the_run(
+    project: Path, tmp_path: Path, capsys: Output, link: str, target: str
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "profile").write_text("mine")
+    assert run(["run", "fit.yaml", "run_dir=runs/a", "--quiet"]) == 0
+    before = attempts("runs/a")
+    Path("runs/a", link).parent.mkdir(parents=True, exist_ok=True)
+    Path("runs/a", link).unlink(missing_ok=True)
+    Path("runs/a", link).symlink_to(tmp_path / target)
+    assert run(["resume", "runs/a", "trainer.max_epochs=3"]) == 1
+    assert f"{link} in " in capsys.readouterr().err
+    assert attempts("runs/a") == before
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["profile"]
+    assert (tmp_path / "mine" / "profile").read_text() == "mine"
+    # What leads to another place within the run harms nobody.
+    Path("runs/a", link).unlink()
+    Path("runs/a", link).symlink_to("ckptmgr.json")
+    Path("runs/b").symlink_to("a")
+    assert run(["resume", "runs/b", "trainer.max_epochs=3", "--quiet"]) == 0
+
+
 @pytest.mark.parametrize("harm", ["cut", "edited", "removed"])
 def test_a_damaged_configuration_is_told_and_nothing_else_is_used(project: Path, harm: str, capsys: Output) -> None:
     assert run(["run", "loop.yaml", "run_dir=runs/a", "loop.epochs=1", "--quiet"]) == 0
