@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import enum
-import logging
 import os
 from argparse import Namespace
 from collections import OrderedDict
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from ckptmgr.errors import StateMismatchError, UnsupportedStateError, UsageError
+from ckptmgr.lightning.hyper_parameters import keep_plain_hyper_parameters
 from ckptmgr.lightning.loggers import log_positions
 from ckptmgr.lightning.trainer_metrics import capture_metrics
 from ckptmgr.loading import LoadedCheckpoint
@@ -38,17 +38,13 @@ __all__ = [
     "restore_optimizers_and_schedulers",
 ]
 
-_log = logging.getLogger("ckptmgr")
 
 MODEL, TRAINER, RNG, DATA = "model", "trainer", "rng", "data"
 INFERENCE_ENTRIES = (MODEL, TRAINER)
 """What it takes to validate, test and predict."""
 
 WEIGHTS_ONLY_REASON = "it was saved with save_weights_only=True and holds no training state"
-_HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
-_HYPER_TYPES = ("hparams_type", "datamodule_hparams_type")
 _VERSION = 1
-_warned: set[str] = set()
 
 
 def capture_entries(
@@ -81,7 +77,7 @@ def capture_entries(
     checkpoint.pop("lr_schedulers", None)
     loops = checkpoint["loops"]["fit_loop"].get("state_dict", {})
     loops.pop("combined_loader", None)
-    _keep_plain_hyper_parameters(checkpoint)
+    keep_plain_hyper_parameters(checkpoint, lambda value: _why_unstorable(value) is None)
     tree: dict[str, Any] = {"version": _VERSION, "weights_only": weights_only, "lightning": checkpoint}
     trainer_entry = CapturedEntry(TRAINER, "lightning", _VERSION, tree)
     if weights_only:
@@ -213,31 +209,6 @@ def _model_tree(module: Any, checkpoint: dict[str, Any], names: ParameterNames) 
     if len(tree["tensors"]) < len(state):
         tree["values"] = {name: value for name, value in state.items() if name not in tree["tensors"]}
     return tree
-
-
-def _keep_plain_hyper_parameters(checkpoint: dict[str, Any]) -> None:
-    for key in _HYPER_TYPES:
-        checkpoint.pop(key, None)
-    for key in _HYPER_PARAMETERS:
-        if key not in checkpoint:
-            continue
-        if _why_unstorable(checkpoint[key]) is None:
-            continue
-        kept, skipped = {}, []
-        for name, value in dict(checkpoint[key]).items():
-            if _why_unstorable(value) is None:
-                kept[name] = value
-            else:
-                skipped.append(f"{name} ({type(value).__qualname__})")
-        checkpoint[key] = kept
-        text = ", ".join(skipped)
-        if text not in _warned:
-            _warned.add(text)
-            _log.warning(
-                "hyper-parameters that are no plain values are not saved: %s. They are not needed to resume; "
-                "load_from_checkpoint wants them as arguments",
-                text,
-            )
 
 
 def _why_unstorable(value: Any) -> str | None:
