@@ -124,10 +124,19 @@ def _fail(message: str, status: int) -> int:
     if os.environ.get(_TRACEBACK_VARIABLE, "") not in ("", "0") and sys.exc_info()[0] is not None:
         traceback.print_exc()
     try:
-        print(printable(message, keep="\n"), file=sys.stderr, flush=True)
+        print(printable(_without_secrets(message), keep="\n"), file=sys.stderr, flush=True)
     except BrokenPipeError:
         _abandon_stdout()
     return status
+
+
+def _without_secrets(message: str) -> str:
+    from ckptmgr.launch.redact import REDACTED, secret_values
+
+    # A configuration may read any variable, messages quote its values, and what a job prints is kept by others.
+    for secret in secret_values(os.environ):
+        message = message.replace(secret, REDACTED)
+    return message
 
 
 def _from_click(error: click.ClickException) -> UsageError:

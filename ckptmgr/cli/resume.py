@@ -10,7 +10,8 @@ import click
 
 from ckptmgr.cli.arguments import OpenRun, json_option, open_run, quiet_option, run_dir_argument
 from ckptmgr.cli.complete import complete_directory
-from ckptmgr.errors import NotAllowedError, ResumeRefusedError, UsageError
+from ckptmgr.errors import NotAllowedError, ResumeRefusedError, RunInUseError, UsageError
+from ckptmgr.run.life import life_of
 from ckptmgr.run.reference import Reference
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def command(
     A run that `ckptmgr run` started is built again from its own configuration, with overrides where they are given. For
     any other, the recorded script is run if it lies in the current project, with this Python, in this environment; the
     exit code is that of the script. With --json, prints the command and does not run it.
+
+    Refuses (exit code 11) while a process of this host trains in the run.
     """
     from ckptmgr.experiment.stored_run import read_experiment
 
@@ -58,6 +61,8 @@ def command(
     # Who goes back to a checkpoint wants it as it was trained, not as what came after it was configured.
     is_older = manifest is not None and run.selector != "latest"
     stored = read_experiment(run.catalog, attempt=manifest.attempt if is_older and manifest else None)
+    if to is None and not (dry_run or print_only or (as_json and stored is None)):
+        _refuse_if_running(run)
     if stored is None:
         _refuse_for_scripts(run, overrides, dry_run=dry_run)
         _relaunch(run, to, print_only=print_only, allow_command=allow_command, as_json=as_json)
@@ -148,6 +153,18 @@ def _relaunch(run: OpenRun, to: str | None, *, print_only: bool, allow_command: 
         note(f"forked {run.run_dir}@{selector} to {to}")
     note(relaunch.shell_line)
     start(relaunch)
+
+
+def _refuse_if_running(run: OpenRun) -> None:
+    # It would take the run over. That is right for a job that was started again, and a slip where both are in sight:
+    # the other process would go on until its next save, and both would write the same logs meanwhile.
+    life = life_of(run.catalog)
+    if life.state == "running":
+        raise RunInUseError(
+            f"{run.run_dir} is in use",
+            why=f"{life.detail} is training in it",
+            next=f"stop it, or wait until it has ended; `ckptmgr resume {run.run_dir} --to NEW_DIR` forks the run",
+        )
 
 
 def _refuse_for_scripts(run: OpenRun, overrides: Sequence[str], *, dry_run: bool) -> None:

@@ -74,9 +74,9 @@ def _start(catalog: Catalog, attempt: int) -> StartRecord | None:
         return decode_record(catalog.storage.read(key), StartRecord, where=key)
     except FileNotFoundError:
         return None
-    except CorruptCheckpointError:
+    except CorruptCheckpointError as error:
         if "config" in catalog.attempts[attempt]:
-            raise
+            raise _damaged(catalog, key, error.why or error.what) from error
         return None
 
 

@@ -327,16 +327,16 @@ def test_nothing_is_written_through_a_link_that_came_with_the_run(
     assert run(["resume", "runs/b", "trainer.max_epochs=3", "--quiet"]) == 0
 
 
-@pytest.mark.parametrize("harm", ["cut", "edited", "removed"])
+@pytest.mark.parametrize("harm", ["cut", "edited", "removed", "its record is damaged"])
 def test_a_damaged_configuration_is_told_and_nothing_else_is_used(project: Path, harm: str, capsys: Output) -> None:
     assert run(["run", "loop.yaml", "run_dir=runs/a", "loop.epochs=1", "--quiet"]) == 0
-    config = Path("runs/a", attempt_key(1, "config"))
+    config = Path("runs/a", attempt_key(1, "start" if "record" in harm else "config"))
     text = config.read_text()
     config.chmod(0o644)
     if harm == "removed":
         config.unlink()
     else:
-        config.write_text(text[:40] if harm == "cut" else text.replace("0.1", "0.2"))
+        config.write_text(text.replace("0.1", "0.2") if harm == "edited" else text[:40])
     assert run(["resume", "runs/a"]) == 12
     assert "ckptmgr run CONFIG" in capsys.readouterr().err
     assert run(["run", "loop.yaml", "run_dir=runs/a", "--quiet"]) in (0, 12)
@@ -390,6 +390,27 @@ def test_a_run_of_a_newer_format_is_not_guessed_at(project: Path, capsys: Output
     key.write_bytes(encode_record(newer))
     assert run(["resume", "runs/a"]) == 1
     assert "version 99" in capsys.readouterr().err
+
+
+def test_a_message_quotes_no_secret_of_the_environment(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.setenv("SERVICE_PASSWORD", "hunter2hunter2hunter2")
+    assert run(["run", "fit.yaml", "model.hidden=${oc.env:SERVICE_PASSWORD}", "run_dir=runs/a"]) == 2
+    error = capsys.readouterr().err
+    assert "given '[redacted]'" in error
+    assert "hunter2" not in error
+
+
+def test_a_run_in_which_somebody_trains_is_not_taken_over_by_a_command(project: Path, capsys: Output) -> None:
+    assert run(["run", "fit.yaml", "run_dir=runs/a", "--quiet"]) == 0
+    # This very process lives, and has recorded no end.
+    Path("runs/a", attempt_key(1, "end")).unlink()
+    assert run(["resume", "runs/a", "trainer.max_epochs=3"]) == 11
+    assert "RunInUseError" in capsys.readouterr().err
+    assert attempts("runs/a") == ["000001"]
+    assert run(["resume", "runs/a", "trainer.max_epochs=3", "--dry-run"]) == 0
+    assert run(["resume", "runs/a", "trainer.max_epochs=3", "--to", "runs/b", "--quiet"]) == 0
 
 
 def test_a_script_has_no_configuration_to_override(project: Path, capsys: Output) -> None:
