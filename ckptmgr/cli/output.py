@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Literal
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -29,6 +32,8 @@ __all__ = [
 ]
 
 _WIDE = 10_000
+_GAP = 2
+_MIN_WORD, _MAX_WORD = 12, 24
 
 
 def print_json(document: object) -> None:
@@ -40,27 +45,42 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right:
     """Print a table on stdout, without the columns that are empty. ``right`` names those that are aligned right."""
     rows = list(rows)
     used = [index for index in range(len(headers)) if any(row[index] for row in rows)]
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    needed = 0
-    for index in used:
-        is_right = headers[index] in right
-        cells = [printable(cell) for cell in (headers[index], *(row[index] for row in rows))]
-        parts = cells if is_right else [word for cell in cells for word in cell.split()]
-        min_width = min(24, max(map(len, parts), default=0))
-        needed += min_width + 2
-        table.add_column(
-            headers[index],
-            justify="right" if is_right else "left",
-            overflow="fold",
-            # A narrow terminal may break a cell between words, but not `loss=0.5` in the middle.
-            min_width=min_width,
-            no_wrap=is_right,
-        )
-    for row in rows:
+    columns = [[printable(cell) for cell in (headers[index], *(row[index] for row in rows))] for index in used]
+    is_right = [headers[index] in right for index in used]
+    widths = _widths(columns, is_right, room=_console().width)
+    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
+    for index, width, aligned_right in zip(used, widths, is_right, strict=True):
+        justify: Literal["left", "right"] = "right" if aligned_right else "left"
+        table.add_column(headers[index], justify=justify, overflow="fold", width=width)
+    for row in zip(*(cells[1:] for cells in columns), strict=True):
         # Text, not str: what stands in a run is no markup.
-        table.add_row(*(Text(printable(row[index])) for index in used))
+        table.add_row(*(Text(cell) for cell in row))
     # On a terminal narrower than that, lines run over: better than cells a letter wide.
-    _console(at_least=needed).print(table)
+    _console(at_least=_table_width(widths)).print(table)
+
+
+def _widths(columns: Sequence[Sequence[str]], is_right: Sequence[bool], *, room: int) -> list[int]:
+    """Return how wide to make columns, so that a table fits into a terminal if words can be kept whole."""
+    full = [max(map(cell_len, cells)) for cells in columns]
+    longest = [max((cell_len(word) for cell in cells for word in cell.split()), default=0) for cells in columns]
+    # A cell may be broken between words; `loss=0.5` is broken in the middle only if nothing else fits.
+    for whole in range(_MAX_WORD, _MIN_WORD - 1, -1):
+        widths = [
+            width if right else min(word, whole) for width, word, right in zip(full, longest, is_right, strict=True)
+        ]
+        if _table_width(widths) <= room:
+            break
+    spare = max(0, room - _table_width(widths))
+    # Those that lack little come first: so more columns keep each cell on one line.
+    for done, index in enumerate(sorted(range(len(full)), key=lambda index: full[index] - widths[index])):
+        more = min(full[index] - widths[index], math.ceil(spare / (len(full) - done)))
+        widths[index] += more
+        spare -= more
+    return widths
+
+
+def _table_width(widths: Sequence[int]) -> int:
+    return sum(widths) + _GAP * (len(widths) - 1)
 
 
 def print_pairs(pairs: Mapping[str, str]) -> None:

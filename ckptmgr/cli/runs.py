@@ -10,6 +10,8 @@ from ckptmgr.storage.protocol import Storage
 
 __all__ = ["list_runs"]
 
+_MAX_REMARK = 60
+
 
 def list_runs(storage: Storage, *, as_json: bool) -> None:
     """Print one line for each run below a storage's root.
@@ -54,8 +56,13 @@ def _row(run: RunOverview) -> list[str]:
         str(run.ncheckpoints),
         format_nbytes(run.nbytes),
         str(run.nattempts),
-        "; ".join(remark for remark in remarks if remark),
+        _shortened("; ".join(remark for remark in remarks if remark)),
     ]
+
+
+def _shortened(text: str) -> str:
+    """Keep a remark to one line; ``ckptmgr show`` and ``--json`` have all of it."""
+    return text if len(text) <= _MAX_REMARK else f"{text[: _MAX_REMARK - 1].rstrip()}…"
 
 
 def _document(run: RunOverview) -> dict[str, object]:
