@@ -243,6 +243,9 @@ def _no_such_key(
 def _nearest(tree: Tree, container: Tree, part: str, path: Path, base: Path) -> list[str]:
     """Return up to three keys that may be meant: siblings spelled alike, then keys of that name anywhere."""
     alike = difflib.get_close_matches(part, list(container), n=3, cutoff=0.6)
+    if not alike and part.isdecimal():
+        # An index, where things have names.
+        alike = list(container)[int(part) : int(part) + 1]
     if alike:
         return [join_key((*path, each)) for each in alike]
     everywhere = [(*base, *each) for each in _places(tree)]

@@ -184,8 +184,13 @@ def _parse(text: str, where: str, *, is_value: bool = False) -> Any:
         raise ConfigError(f"{where}{_place(error.mark)}: {error.what}", next=error.next) from None
     except yaml.MarkedYAMLError as error:
         what = " ".join(part for part in (error.context, error.problem) if part)
-        hint = "indent with spaces" if "\\t" in what else _QUOTES
         mark = error.problem_mark or error.context_mark
+        line = (text.splitlines()[mark.line : mark.line + 1] or [""])[0] if mark is not None else ""
+        hint = _QUOTES
+        if "\t" in line:
+            hint = "indent with spaces, not with tabs"
+        elif "${" in line:
+            hint = "within braces or brackets, put ${…} in quotes"
         raise ConfigError(f"{where}{_place(mark)}: this is not YAML: {what}", next=hint) from error
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         what = str(error).partition("\n")[0]

@@ -70,7 +70,7 @@ class Construction:
             for _, key, node in part.nodes():
                 extra = dict.fromkeys(part.extra)
                 check_build(
-                    node,
+                    _to_call(node, part),
                     key=key,
                     allow=self._allow,
                     base=part.base,
@@ -88,7 +88,7 @@ class Construction:
         part = self._parts[slot]
         return {
             name: build(
-                {**node, "_partial_": True} if part.is_partial else node,
+                _to_call(node, part),
                 key=key,
                 allow=self._allow,
                 base=part.base,
@@ -98,6 +98,11 @@ class Construction:
             )
             for name, key, node in part.nodes()
         }
+
+
+def _to_call(node: Node, part: Part) -> Node:
+    # Hydra's configurations leave an optimizer to whoever has the parameters: here they are at hand.
+    return {**node, "_partial_": part.is_partial} if part.is_partial or part.n_args else node
 
 
 def by_name(nodes: Mapping[str, Node] | Sequence[Node] | None) -> Mapping[str, Node] | None:

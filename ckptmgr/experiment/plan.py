@@ -89,7 +89,9 @@ def apply_to_slots(
 
     # `+seed=1` is right too, where the file does not name it.
     added = {re.split(r"[=.\[]", override[1:])[0] for override in overrides if override.startswith("+")}
-    empty = {slot: value for slot, value in DEFAULTS.items() if slot not in added}
+    named = [str(key) for key in config if key in SLOTS]
+    # Those that the file names come first, so that it is printed and stored in its own order.
+    empty = {slot: DEFAULTS[slot] for slot in (*named, *DEFAULTS) if slot in named or slot not in added}
     every_slot = OmegaConf.merge(OmegaConf.create(empty), config)
     OmegaConf.set_struct(every_slot, True)
     assert isinstance(every_slot, DictConfig)

@@ -80,11 +80,11 @@ def check_slots(tree: Mapping[str, Any], *, unused: Iterable[str]) -> Kind:
         ConfigError: Something has the wrong shape. Names the key.
     """
     for key in unused:
-        near = difflib.get_close_matches(key, SLOTS, n=1)
+        near = difflib.get_close_matches(key, [*SLOTS, "includes"], n=1)
         raise slot_error(
             key,
             "it is no slot, and nothing in the configuration refers to it, so it would do nothing",
-            (f"did you mean {near[0]!r}? " if near else "") + f"Slots are {', '.join(sorted(SLOTS))}",
+            (f"did you mean {near[0]!r}? " if near else "") + f"slots are {', '.join(sorted(SLOTS))}",
         )
     kind = kind_of(tree)
     foreign, face = (_ONLY_PLAIN, "a trainer") if kind == "lightning" else (_ONLY_LIGHTNING, "a plain loop")

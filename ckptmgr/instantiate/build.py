@@ -133,6 +133,12 @@ def _plan(
             return {name: _plan(value, _below(key, name), allow) for name, value in node.items()}
         target = Target(key, node["_target_"])
         inner_args, named, is_partial = _read_node(node, target)
+        if is_partial and base is not None:
+            raise ConfigError(
+                f"{_below(key, '_partial_')}: nobody would call it later",
+                why=f"{spoken_base(base, base_name)} is wanted here",
+                next=f"leave it out: ~{_below(key, '_partial_')}",
+            )
         function = load_target(target, allow, base=base, base_name=base_name)
         check_arguments(
             function,

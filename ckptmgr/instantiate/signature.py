@@ -160,8 +160,11 @@ class _Check:
 
     def refuse_missing(self, names: list[str]) -> None:
         if names:
+            given = " ".join(f"+{self.key_of(name)}=…" for name in names)
+            # An optimizer within a model's arguments, as Hydra's users write it.
+            later = f", or let the model call it: +{self.key_of('_partial_')}=true" if names == ["params"] else ""
             raise ConfigError(
                 f"{spoken(self.target.key)}: {self.target.name} needs {' and '.join(repr(name) for name in names)}",
                 why=self.takes,
-                next=f"give it: {' '.join(f'+{self.key_of(name)}=…' for name in names)}",
+                next=f"give it: {given}{later}",
             )

@@ -145,6 +145,18 @@ def test_a_missing_argument_is_named(allow: AllowList) -> None:
     build(of("Net", depth=3, _partial_=True), key="model", allow=allow)
 
 
+def test_a_missing_optimizer_argument_may_be_left_to_the_model(allow: AllowList) -> None:
+    tree = {"_target_": "torch.optim.Adam", "lr": 0.1}
+    error = refusal(of("Net", hidden=tree), allow)
+    assert error.next == "give it: +model.hidden.params=…, or let the model call it: +model.hidden._partial_=true"
+
+
+def test_what_must_be_an_object_is_not_left_to_others(allow: AllowList) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(of("Net", depth=3, _partial_=True), key="model", allow=allow, base=torch.nn.Module)
+    assert caught.value.next == "leave it out: ~model._partial_"
+
+
 @pytest.mark.parametrize(
     ("tree", "says"),
     [

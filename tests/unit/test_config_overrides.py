@@ -110,6 +110,7 @@ def test_the_given_configuration_stays_as_it_is() -> None:
         ("optimiser.lr=1", "the nearest is optimizer"),
         ("optimiser.lr=1", "write optimizer.lr, or write +optimiser.lr=… to add a key"),
         ("lr=1", "the nearest is optimizer.lr"),
+        ("optimizer.0=1", "the nearest is optimizer."),
         ("zzz=1", "the top holds seed, name, optimizer"),
         ("~optimizer.lrr", "the nearest is optimizer.lr"),
         ("optimizer={lrr: 1}", "there is no key optimizer.lrr"),

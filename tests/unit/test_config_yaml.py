@@ -234,3 +234,17 @@ def test_what_is_written_is_read_as_the_same(value: object) -> None:
 def test_what_is_written_is_read_by_omegaconf_as_the_same(text: str) -> None:
     tree = parse_tree(text, where="x")
     assert OmegaConf.to_container(OmegaConf.create(dump_tree(tree))) == tree
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("trainer:\n\tmax_epochs: 1\n", "indent with spaces"),
+        ("model: {lr: ${optimizer.lr}}\n", "put ${…} in quotes"),
+        ("model: {lr: 1\nseed: [\n", "in quotes if it is meant as text"),
+    ],
+)
+def test_what_is_not_yaml_gets_a_hint_that_helps(text: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_tree(text, where="a.yaml")
+    assert hint in str(caught.value.next)

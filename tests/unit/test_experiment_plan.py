@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ckptmgr.config.yaml_source import parse_config
 from ckptmgr.errors import ConfigError, NotAllowedError
+from ckptmgr.experiment.construct import Construction, Part
 from ckptmgr.experiment.plan import Plan, apply_to_slots, make_plan
 from ckptmgr.experiment.slots import DEFAULTS
 from ckptmgr.experiment.start import choose_run_dir
@@ -91,6 +93,18 @@ def test_every_slot_may_be_set_by_an_override_though_the_file_does_not_name_it(t
     assert (plan.tree["seed"], plan.tree["name"]) == (3, "better")
     assert "seed: 3" in plan.stored.config
     assert "optimizer" not in plan.stored.config, "a slot that is not used is not stored"
+
+
+def test_an_override_leaves_the_slots_in_the_order_of_the_file() -> None:
+    config = parse_config("model: {a: 1}\ntrainer: {b: 2}\ndata: {c: 3}\n", where="a.yaml")
+    assert list(apply_to_slots(config, ["+trainer.d=4", "+model.e=5"])) == ["model", "trainer", "data"]
+
+
+def test_an_optimizer_may_be_partial_as_hydra_s_users_write_it(tmp_path: Path) -> None:
+    tree = {"_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.5}
+    part = Part("optimizer", torch.optim.Optimizer, "an optimizer", tree, n_args=1)
+    made = Construction(plan_of(GOOD, tmp_path), [part]).one("optimizer", torch.nn.Linear(1, 1).parameters())
+    assert isinstance(made, torch.optim.SGD)
 
 
 def test_what_nobody_allowed_is_refused_wherever_it_stands(tmp_path: Path) -> None:
