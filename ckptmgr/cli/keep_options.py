@@ -75,7 +75,8 @@ def chosen_policies(catalog: Catalog, keep: Keep) -> tuple[RetentionPolicy, str]
     if keep.every is not None:
         every = _read_every(keep.every)
         policies.append(every)
-        words.append(f"every {every.n} {'steps' if isinstance(every, KeepEverySteps) else 'epochs'}")
+        unit = "step" if isinstance(every, KeepEverySteps) else "epoch"
+        words.append(f"every {unit}" if every.n == 1 else f"every {every.n} {unit}s")
     if keep.within is not None:
         policies.append(KeepWithin(keep.within))
         words.append(f"within {keep.within} of the newest")
@@ -106,6 +107,7 @@ def _read_best(text: str, measured: _Measured) -> KeepBest:
         raise UsageError(
             f"--keep-best {text}: no checkpoint on the line has a value of {metric!r}",
             why=f"the best ones would be deleted; metrics that have a value: {known}",
+            next="it is METRIC, METRIC:K or METRIC:K:MODE, and MODE is min or max" if ":" in metric else None,
         )
     if mode is None and metric == measured.monitor:
         mode = measured.mode
