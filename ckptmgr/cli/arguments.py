@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -17,7 +18,7 @@ from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.reference import URL_PREFIX, parse_reference
 from ckptmgr.storage.open import open_storage
 
-__all__ = ["OpenRun", "json_option", "open_run", "quiet_option", "run_dir_argument"]
+__all__ = ["OpenRun", "json_option", "open_run", "quiet_option", "refuse_configuration", "run_dir_argument"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -76,7 +77,7 @@ def open_run(text: str, *, command: str | None = None) -> OpenRun:
 
     Raises:
         RunNotFoundError: There is no run.
-        UsageError: A selector was given to a command that takes none.
+        UsageError: A selector was given to a command that takes none, or a configuration instead of a run.
     """
     reference = parse_reference(text)
     selector = None if reference.run_dir == text.removeprefix(URL_PREFIX) else reference.selector
@@ -86,4 +87,15 @@ def open_run(text: str, *, command: str | None = None) -> OpenRun:
             why="it is about a whole run",
             next=f"ckptmgr {command} {reference.run_dir}",
         )
+    refuse_configuration(reference.run_dir)
     return OpenRun(reference.run_dir, selector, Catalog.of_existing_run(open_storage(reference.run_dir)))
+
+
+def refuse_configuration(run_dir: str) -> None:
+    """Refuse a configuration that was given where a run is meant.
+
+    Raises:
+        UsageError: It is a YAML file.
+    """
+    if run_dir.endswith((".yaml", ".yml")) and Path(run_dir).is_file():
+        raise UsageError(f"{run_dir} is a configuration, not a run", next=f"ckptmgr run {run_dir} starts one from it")

@@ -6,7 +6,7 @@ import dataclasses
 
 import click
 
-from ckptmgr.cli.arguments import json_option, open_run, quiet_option, run_dir_argument
+from ckptmgr.cli.arguments import json_option, open_run, quiet_option, refuse_configuration, run_dir_argument
 from ckptmgr.cli.listing import CheckpointSummary, list_run
 from ckptmgr.cli.runs import list_runs
 from ckptmgr.run.discover import holds_run
@@ -35,6 +35,7 @@ def command(reference: str, as_json: bool) -> None:
     from ckptmgr.cli.output import format_age, format_metrics, format_nbytes, note, print_json, print_table
 
     place = parse_reference(reference)
+    refuse_configuration(place.run_dir)
     storage = open_storage(place.run_dir)
     if place.run_dir == reference.removeprefix(URL_PREFIX) and not holds_run(storage):
         list_runs(storage, as_json=as_json)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from ckptmgr.experiment.slots import slot_error
 from ckptmgr.launch.run_directory import absolute
 from ckptmgr.lightning.assemble import check_model
 from ckptmgr.lightning.callback import CheckpointManager
+from ckptmgr.progress import is_quiet
 from ckptmgr.run.reference import Reference
 
 __all__ = ["check", "train"]
@@ -62,10 +65,24 @@ def train(plan: Plan, *, run_dir: str, resume: str, fork_from: Reference | None 
     manager = making.one("checkpoint", run_dir=run_dir, resume=resume, on_changed_options="apply")
     callbacks, loggers = making.several("callbacks"), making.several("loggers")
     given = {} if plan.tree["loggers"] is None else {"logger": list(loggers.values())}
-    trainer = making.one("trainer", callbacks=[*callbacks.values(), manager], **given)
-    if fork_from is not None:
-        fork_if_it_fits(fork_from, run_dir, check=lambda loaded: check_model(model, loaded))
-    trainer.fit(model, loaders.get("train"), loaders.get("val"), datamodule=data)
+    with _as_quiet_as_we_are(module.__name__):
+        trainer = making.one("trainer", callbacks=[*callbacks.values(), manager], **given)
+        if fork_from is not None:
+            fork_if_it_fits(fork_from, run_dir, check=lambda loaded: check_model(model, loaded))
+        trainer.fit(model, loaders.get("train"), loaders.get("val"), datamodule=data)
+
+
+@contextmanager
+def _as_quiet_as_we_are(logger: str) -> Iterator[None]:
+    """Let ``--quiet`` hold for what Lightning logs as well. Its warnings stay."""
+    lightning = logging.getLogger(logger)
+    level = lightning.level
+    if is_quiet():
+        lightning.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        lightning.setLevel(level)
 
 
 def _parts(plan: Plan, module: Any, *, root: str) -> list[Part]:

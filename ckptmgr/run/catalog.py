@@ -8,6 +8,7 @@ reading.
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
@@ -71,7 +72,9 @@ class Catalog:
             raise RunNotFoundError(
                 f"no run in {storage.url}",
                 why="nothing is stored there" if not catalog.sizes else f"it holds files, but no {RUN_MARKER}",
-                next="give the directory that the manager was given; in a script, resume='auto' starts a new run in it",
+                next=f"runs lie below it: ckptmgr ls {shlex.quote(storage.url)}"
+                if any(key.endswith(f"/{RUN_MARKER}") for key in catalog.sizes)
+                else "give the directory that the manager was given; in a script, resume='auto' starts a new run in it",
             )
         return catalog
 

@@ -137,6 +137,20 @@ def test_an_empty_run_is_no_error(tmp_path: Path, capsys: Output) -> None:
     assert "no checkpoint" in output.err
 
 
+def test_a_directory_of_runs_is_told_from_a_place_without_any(run_dir: Path, capsys: Output) -> None:
+    for place, hint in ((run_dir.parent, f"ckptmgr ls {run_dir.parent}"), (run_dir.parent / "x", "give the directory")):
+        assert run(["show", str(place)]) == 10
+        assert hint in capsys.readouterr().err
+
+
+def test_a_configuration_is_no_run(tmp_path: Path, capsys: Output) -> None:
+    path = tmp_path / "cnn.yaml"
+    path.write_text("trainer: {}")
+    for command in ("show", "ls", "resume", "verify", "prune"):
+        assert run([command, str(path)]) == 2
+        assert f"ckptmgr run {path}" in capsys.readouterr().err
+
+
 def test_what_stands_in_a_run_cannot_write_over_the_terminal(run_dir: Path, capsys: Output) -> None:
     storage = open_storage(run_dir)
     save(storage, 2, 400, number=1, tags=["\x1b[2J", "[bold]x[/bold]", "a\nb"])
