@@ -15,6 +15,7 @@ from ckptmgr.config.stored import StoredConfig, config_to_store, refuse_redacted
 from ckptmgr.config.yaml_source import parse_config
 from ckptmgr.experiment.slots import DEFAULTS, SLOTS, Kind, check_slots
 from ckptmgr.instantiate.allow_list import AllowList
+from ckptmgr.instantiate.secret_arguments import refuse_secret_arguments
 from ckptmgr.instantiate.targets import Target, check_targets, find_targets
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def make_plan(config: DictConfig, *, where: str, allow: AllowList, known: Sequen
 
     Raises:
         ConfigError: It cannot be meant as it was written.
-        NotAllowedError: It names code that nobody has allowed.
+        NotAllowedError: It names code that nobody has allowed, or gives a secret to what is built in.
     """
     config = without_empty_slots(config)
     refuse_redacted(config, where=where)
@@ -69,6 +70,9 @@ def make_plan(config: DictConfig, *, where: str, allow: AllowList, known: Sequen
     kind = check_slots(tree, unused=unused_keys(config, SLOTS | set(known)))
     targets = tuple(find_targets({slot: tree[slot] for slot in DEFAULTS}))
     check_targets(targets, allow)
+    for slot in DEFAULTS:
+        if isinstance(tree[slot], (Mapping, list)):
+            refuse_secret_arguments(tree[slot], slot, allow)
     return Plan(kind, config, tree, targets, allow, config_to_store(config))
 
 
