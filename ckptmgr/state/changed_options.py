@@ -18,14 +18,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from ckptmgr.errors import UnsupportedStateError
 from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.optimizer import group_names, unwrap_optimizer
-from ckptmgr.state.optimizer_names import LIVE_FLAGS, is_numbered
+from ckptmgr.state.optimizer_carry import LIVE_OPTIONS
+from ckptmgr.state.optimizer_names import is_numbered
 
 __all__ = ["LEARNING_RATE", "OptionChange", "changed_options", "describe_options"]
 
 LEARNING_RATE = "lr"
 """The option that stands for what a group was built with, whatever a scheduler has made of it since."""
 
-_NO_GROUP_OPTIONS = frozenset({"params", "param_names", LEARNING_RATE, "initial_lr", *LIVE_FLAGS})
+_NO_GROUP_OPTIONS = frozenset({"params", "param_names", LEARNING_RATE, "initial_lr", *LIVE_OPTIONS})
 # What a schedule counts, or derives from the optimizer's rates.
 _COUNTERS = frozenset(
     {"last_epoch", "base_lrs", "T_cur", "T_i", "best", "num_bad_epochs", "cooldown_counter", "mode_worse", "verbose"}
@@ -98,7 +99,7 @@ def changed_options(saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[O
     """Compare what two programs were built with.
 
     Options that only one of them has are not compared: another version of torch has added or removed them. Neither are
-    groups without counterpart: an optimizer with other groups is refused before anything is restored.
+    groups without counterpart; `regrouped_options.by_live_groups` finds it for groups that were split or merged.
 
     Args:
         saved: From a checkpoint, by `describe_options`.

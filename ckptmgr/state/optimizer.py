@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.optim import LBFGS, Optimizer
 
 from ckptmgr.errors import StateMismatchError, UnsupportedStateError
+from ckptmgr.state.carried_groups import note_sources
 from ckptmgr.state.differences import Differences, describe, dtype_and_shape
 from ckptmgr.state.names import ParameterNames
-from ckptmgr.state.optimizer_names import GroupNames, check_names, is_numbered, to_indices, to_names
+from ckptmgr.state.optimizer_carry import Carry, GroupNames, plan_carry, same_value
+from ckptmgr.state.optimizer_kinds import (
+    can_step_with,
+    can_take_over,
+    followed_options,
+    options_in_force,
+    slot_changes,
+)
+from ckptmgr.state.optimizer_names import is_numbered, to_indices, to_names
+from ckptmgr.state.optimizer_slots import keep_live_tensors, like_live, uncast
 from ckptmgr.state.trees import copied_tree, same_structure_copy
 
-__all__ = ["OptimizerHandler", "group_names", "unwrap_optimizer"]
+__all__ = ["OptimizerHandler", "carry_into", "group_names", "unwrap_optimizer"]
+
+_log = logging.getLogger("ckptmgr")
 
 _LIGHTNING_MODULES = ("lightning.pytorch.core.optimizer", "pytorch_lightning.core.optimizer")
 
@@ -26,6 +39,9 @@ class OptimizerHandler:
     The tree is that of `optimizer_names.to_names`, with ``"type": class name`` and
     ``"parameters": {name: [dtype, shape]}``. An optimizer with a state dict of its own making is kept whole as
     ``"opaque"`` and restored only for the same list of parameters.
+
+    A restore carries state by name into whatever order and groups the live optimizer has. Parameters that the
+    checkpoint has not keep the state that they have, which is mostly none; what the live optimizer has not is dropped.
 
     Hyper-parameters come from the checkpoint; options that say how the live optimizer computes (fused, foreach,
     capturable) and the place of ``step`` and of tensor learning rates follow the live optimizer.
@@ -60,7 +76,7 @@ class OptimizerHandler:
         """Compare parameters, groups and shapes."""
         optimizer = unwrap_optimizer(value)
         live_type = type(optimizer).__qualname__
-        if tree.get("type", live_type) != live_type:
+        if tree.get("type", live_type) != live_type and not can_take_over(tree, optimizer):
             # torch takes any state: the moments of one kind would lie unused, or be taken for those of another.
             raise StateMismatchError(
                 f"the optimizer of the checkpoint is of another kind: {tree['type']}, the live one {live_type}",
@@ -83,33 +99,48 @@ class OptimizerHandler:
                 why="one of them has a state dict of its own form, the other has torch's",
                 next="build the optimizer as in the run that saved",
             )
-        check_names(tree, listed)
+        carry = plan_carry(tree, listed, follows_live=followed_options(tree, optimizer))
         differences = Differences(
             "the optimizer", next="build the module and the optimizer as in the run that saved them"
         )
         described = tree.get("parameters", {})
-        for group, group_listed in zip(optimizer.param_groups, listed, strict=True):
-            for parameter, name in zip(group["params"], group_listed, strict=True):
-                saved, live = described.get(name), dtype_and_shape(parameter)
-                if saved is not None and list(saved) != live:
-                    differences.add(f"{name!r} was {saved[0]} {tuple(saved[1])}, and is {live[0]} {tuple(live[1])} now")
+        for _, parameter, name in _each(optimizer, listed):
+            saved, live = described.get(name), dtype_and_shape(parameter)
+            if saved is not None and list(saved) != live:
+                differences.add(f"{name!r} was {saved[0]} {tuple(saved[1])}, and is {live[0]} {tuple(live[1])} now")
+        for name, slot in slot_changes(tree, carry, optimizer.param_groups, listed, optimizer).missing:
+            differences.add(f"{name!r} came into a group whose options need {slot!r}, which it has not kept so far")
         differences.raise_if_any()
+        note_sources(optimizer, len(tree["groups"]), carry.sources)
 
     def restore(self, value: Any, tree: Any, names: ParameterNames) -> None:
-        """Load the state in the live order of the parameters."""
+        """Load the state by name, and say what is not simply carried over."""
         optimizer = unwrap_optimizer(value)
         if "opaque" in tree:
             optimizer.load_state_dict(same_structure_copy(tree["opaque"]))
             return
         listed, _ = _live_names(optimizer, tree, names)
+        followed = followed_options(tree, optimizer)
+        carry = plan_carry(tree, listed, follows_live=followed)
+        told = _told(optimizer, tree, carry, followed)
         live_groups = [dict(group) for group in optimizer.param_groups]
-        optimizer.load_state_dict(to_indices(same_structure_copy(tree), listed, live_groups))
+        kept = {name: optimizer.state[p] for _, p, name in _each(optimizer, listed) if p in optimizer.state}
+        tree = same_structure_copy(tree)
+        changes = slot_changes(tree, carry, live_groups, listed, optimizer)
+        for name, slot in changes.unused:
+            del tree["state"][name][slot]
+        optimizer.load_state_dict(to_indices(tree, listed, live_groups, follows_live=followed))
         for group, live in zip(optimizer.param_groups, live_groups, strict=True):
-            _keep_live_tensors(group, live)
-        for group, group_listed in zip(optimizer.param_groups, listed, strict=True):
-            for parameter, name in zip(group["params"], group_listed, strict=True):
-                if name in tree["state"]:
-                    optimizer.state[parameter] = _uncast(tree["state"][name], optimizer.state[parameter])
+            keep_live_tensors(group, live)
+        is_new = set(carry.initialised)
+        for group, parameter, name in _each(optimizer, listed):
+            if name in tree["state"]:
+                slots = uncast(tree["state"][name], optimizer.state[parameter])
+                optimizer.state[parameter] = like_live(optimizer, parameter, group, slots)
+            elif name in is_new and name in kept and can_step_with(optimizer, group, kept[name]):
+                optimizer.state[parameter] = kept[name]
+        for level, line in (*told, *((logging.WARNING, line) for line in changes.told())):
+            _log.log(level, "optimizer %s: %s", type(optimizer).__qualname__, line)
 
     def backup(self, value: Any, names: ParameterNames) -> Callable[[], None]:
         """Remember the live state itself: torch's loading replaces it and writes into nothing but tensor options."""
@@ -120,7 +151,12 @@ class OptimizerHandler:
         state, groups = optimizer.state, list(optimizer.param_groups)
         options = [dict(group) for group in groups]
         tensors = [
-            (item, item.clone()) for group in groups for item in group.values() if isinstance(item, torch.Tensor)
+            (item, item.clone())
+            for group in groups
+            for key, option in group.items()
+            if key != "params"
+            for item in (option if isinstance(option, tuple) else (option,))
+            if isinstance(item, torch.Tensor)
         ]
 
         def undo() -> None:
@@ -194,27 +230,42 @@ def _live_names(optimizer: Optimizer, tree: Any, names: ParameterNames) -> tuple
     return listed, positional
 
 
-def _keep_live_tensors(group: dict[str, Any], live: dict[str, Any]) -> None:
-    """Write restored options into tensors that the program or a CUDA graph may hold, such as a tensor learning rate."""
-    for key, before in live.items():
-        after = group.get(key)
-        if isinstance(before, torch.Tensor) and isinstance(after, (torch.Tensor, int, float)):
-            with torch.no_grad():
-                before.copy_(torch.as_tensor(after))
-            group[key] = before
-        elif isinstance(before, float) and isinstance(after, torch.Tensor) and after.numel() == 1:
-            group[key] = after.item()
+def carry_into(optimizer: Optimizer, tree: Any, names: ParameterNames) -> Carry:
+    """Return what becomes of a checkpoint's state in a live optimizer.
 
-
-def _uncast(saved: Any, loaded: Any) -> Any:
-    """Undo torch's casts: it brings all floating state to the parameter's dtype, which rounds the float32 moments of a
-    bfloat16 parameter; and it rebuilds anything iterable, which breaks strings.
+    Raises:
+        StateMismatchError, UnsupportedStateError: It fits in no way; `OptimizerHandler.check` tells everything.
     """
-    if isinstance(saved, torch.Tensor) and isinstance(loaded, torch.Tensor):
-        return loaded if loaded.dtype == saved.dtype else saved.to(device=loaded.device)
-    if isinstance(saved, dict) and isinstance(loaded, dict):
-        # The place and dtype of `step` follow the live optimizer's kind of kernel.
-        return {key: loaded[key] if key == "step" else _uncast(item, loaded.get(key)) for key, item in saved.items()}
-    if isinstance(saved, (list, tuple)) and isinstance(loaded, (list, tuple)) and len(saved) == len(loaded):
-        return type(saved)(_uncast(item, other) for item, other in zip(saved, loaded, strict=True))
-    return saved
+    listed, _ = _live_names(optimizer, tree, names)
+    return plan_carry(tree, listed, follows_live=followed_options(tree, optimizer))
+
+
+def _each(optimizer: Optimizer, listed: GroupNames) -> Iterator[tuple[dict[str, Any], Any, str]]:
+    """Yield every parameter with its group and its name."""
+    for group, group_listed in zip(optimizer.param_groups, listed, strict=True):
+        for parameter, name in zip(group["params"], group_listed, strict=True):
+            yield group, parameter, name
+
+
+def _told(optimizer: Optimizer, tree: Any, carry: Carry, followed: Iterable[str]) -> list[tuple[int, str]]:
+    """Return what there is to say about a restore, with its level; call it before the options change."""
+    lines: list[tuple[int, str]] = []
+    if not carry.is_in_place:
+        lines.append((logging.INFO if carry.is_complete else logging.WARNING, f"state {carry}"))
+    lines.extend((logging.WARNING, line) for line in carry.mixed)
+    saved_type = tree.get("type", type(optimizer).__qualname__)
+    if saved_type == type(optimizer).__qualname__:
+        return lines
+    changed: dict[str, tuple[Any, Any]] = {}
+    for position, live in enumerate(optimizer.param_groups):
+        saved = options_in_force(tree, carry, optimizer.param_groups, position)
+        for key in sorted(followed):
+            if not same_value(saved.get(key), live.get(key)):
+                changed.setdefault(key, (live.get(key), saved.get(key)))
+    text = f"it goes on with the moments and steps of {saved_type}"
+    if changed:
+        values = ", ".join(f"{key}={now} ({was} in the checkpoint)" for key, (now, was) in changed.items())
+        text += (
+            f"; this program's are {values}, for decay means another thing there; other options are the checkpoint's"
+        )
+    return [(logging.WARNING, text), *lines]

@@ -5,12 +5,14 @@ What they do with a state is theirs alone, so a restore of one can fail halfway;
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LRScheduler
 
 from ckptmgr.errors import StateMismatchError
+from ckptmgr.state.carried_groups import regrouped, sources_of
 from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.rng import capture_generator, is_generator, restore_generator
 from ckptmgr.state.trees import same_structure_copy
@@ -67,17 +69,33 @@ class SchedulerHandler(StatefulHandler):
                 why="the state of one kind means nothing to another",
                 next="build the same scheduler; to change the schedule, leave it out of the restored entries",
             )
-        saved, live = tree["state"].get("base_lrs"), getattr(value, "base_lrs", None)
-        if isinstance(saved, list) and isinstance(live, list) and len(saved) != len(live):
+        saved, live = _by_group(tree["state"]), _by_group(vars(value))
+        if saved is None or live is None:
+            return
+        sources = sources_of(getattr(value, "optimizer", None), len(saved))
+        if sources is not None and None in sources:
+            raise StateMismatchError(
+                f"group {sources.index(None)} of the optimizer that the scheduler drives holds new parameters only",
+                why="the checkpoint has no base learning rate for it",
+                next="put new parameters into a group that the run that saved had, or make their group's learning rate "
+                "constant in an optimizer of its own",
+            )
+        if sources is None and len(saved) != len(live):
             raise StateMismatchError(
                 f"the scheduler of the checkpoint drives {len(saved)} parameter groups, the live one {len(live)}",
                 why="each group has its own base learning rate",
-                next="build the optimizer with the same groups as in the run that saved",
+                next="build the optimizer with the same groups as in the run that saved, or put it into the state "
+                "before its scheduler: groups that were split or merged are then matched by their parameters",
             )
 
     def restore(self, value: LRScheduler, tree: Any, names: ParameterNames) -> None:
         """Load the scheduler's state; the learning rates themselves are the optimizer's."""
-        value.load_state_dict(same_structure_copy(tree["state"]))
+        state = same_structure_copy(tree["state"])
+        nsaved = len(_by_group(state) or ())
+        sources = sources_of(getattr(value, "optimizer", None), nsaved)
+        if sources is not None and None not in sources and sources != tuple(range(nsaved)):
+            state = regrouped(state, nsaved, sources)
+        value.load_state_dict(state)
 
 
 class GradScalerHandler(StatefulHandler):
@@ -126,6 +144,12 @@ class GeneratorHandler:
     def restore(self, value: Any, tree: Any, names: ParameterNames) -> None:
         """Put the generator into the saved state."""
         restore_generator(value, tree)
+
+
+def _by_group(state: Mapping[str, Any]) -> list[Any] | None:
+    """Return a list that has a value for each group of the optimizer."""
+    values = state.get("base_lrs", state.get("_last_lr"))
+    return values if isinstance(values, list) else None
 
 
 def _kind(scheduler: Any) -> list[Any]:

@@ -10,6 +10,8 @@ from ckptmgr.errors import StateMismatchError, UsageError
 from ckptmgr.state.apply_options import apply_options
 from ckptmgr.state.changed_options import LEARNING_RATE, OptionChange, changed_options, describe_options
 from ckptmgr.state.optimizer import unwrap_optimizer
+from ckptmgr.state.optimizer_kinds import slots_switched_by
+from ckptmgr.state.regrouped_options import by_live_groups
 
 __all__ = ["OnChangedOptions", "TrainingOptions", "checked_mode"]
 
@@ -54,6 +56,8 @@ class TrainingOptions:
         self._built = describe_options(self._objects)
         self.in_force = self._built
         self.applied: list[OptionChange] = []
+        self._checked: Mapping[str, Any] | None = None
+        self._not_compared: list[str] = []
 
     def check(self, saved: Mapping[str, Any] | None, states: Mapping[str, Any]) -> None:
         """Refuse what could not be applied. Changes nothing.
@@ -65,9 +69,10 @@ class TrainingOptions:
         Raises:
             StateMismatchError: The checkpoint's state is none to go on from with these options.
         """
+        self._checked, self._not_compared = by_live_groups(saved or {}, self._built, states, self._objects)
         if self._mode == "keep":
             return
-        for change in changed_options(saved or {}, self._built):
+        for change in changed_options(self._checked, self._built):
             why = _why_impossible(change, unwrap_optimizer(self._objects[change.entry]), states.get(change.entry))
             if why is not None:
                 raise StateMismatchError(
@@ -78,12 +83,19 @@ class TrainingOptions:
                 )
 
     def take_up(self, saved: Mapping[str, Any] | None) -> None:
-        """Name or apply what differs from the checkpoint. Call it once the objects are restored.
+        """Name or apply what differs from the checkpoint. Call it after `check`, once the objects are restored.
 
         Args:
             saved: The description in the checkpoint; None where it has none.
         """
-        known = {entry: tree for entry, tree in (saved or {}).items() if entry in self._objects}
+        saved = (saved or {}) if self._checked is None else self._checked
+        known = {entry: tree for entry, tree in saved.items() if entry in self._objects}
+        if self._not_compared:
+            _log.warning(
+                "options that were not compared with the checkpoint's, which has no such parameters: %s; "
+                "this program's are in force there",
+                ", ".join(self._not_compared),
+            )
         changes = changed_options(known, self._built)
         if self._mode == "keep":
             self.in_force = {**self._built, **known}
@@ -97,7 +109,23 @@ class TrainingOptions:
         for change, value in zip(changes, before, strict=True):
             here = f" ({value:.6g} -> {self._value(change):.6g} at this point)" if _is_driven(change, value) else ""
             _log.info("applied: %s%s", change, here)
+            self._follow_slots(change)
         self.applied += changes
+
+    def _follow_slots(self, change: OptionChange) -> None:
+        """Take away state that an option that was switched off has no use for, or say what begins anew."""
+        if change.group is None or bool(change.was) == bool(change.now):
+            return
+        optimizer = unwrap_optimizer(self._objects[change.entry])
+        parameters = optimizer.param_groups[change.group]["params"]
+        for slot in slots_switched_by(optimizer, change.option):
+            if change.now:
+                count, verb = len(parameters), "initialised"
+            else:
+                having = [p for p in parameters if optimizer.state.get(p, {}).pop(slot, None) is not None]
+                count, verb = len(having), "dropped"
+            if count:
+                _log.warning("%s of %d parameters of %s is %s: %s", slot, count, change.entry, verb, change)
 
     def _kept(self, changes: Sequence[OptionChange]) -> str:
         named = []

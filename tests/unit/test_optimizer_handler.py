@@ -10,7 +10,7 @@ from torch import nn
 from ckptmgr.errors import StateMismatchError, UnsupportedStateError
 from ckptmgr.state.capture import capture_state, check_state, dry_check
 from ckptmgr.state.handlers import HandlerRegistry
-from ckptmgr.state.optimizer_names import check_names, to_indices, to_names
+from ckptmgr.state.optimizer_names import to_indices, to_names
 
 OPTIMIZERS = {
     "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
@@ -196,34 +196,6 @@ def test_a_parameter_in_no_captured_module_is_refused_at_the_first_capture():
     assert "next:" in str(caught.value)
 
 
-def test_added_frozen_and_removed_parameters_are_listed():
-    module = net()
-    optimizer = torch.optim.Adam(module.parameters())
-    train(module, optimizer)
-    entries = saved({"model": module, "optimizer": optimizer})
-    live = net()
-    live[0].weight.requires_grad_(False)
-    live.register_parameter("scale", nn.Parameter(torch.ones(1)))
-    only = {"optimizer": torch.optim.Adam([p for p in live.parameters() if p.requires_grad]), "model": live}
-    with pytest.raises(StateMismatchError) as caught:
-        check_state(only, entries)
-    message = str(caught.value)
-    assert "carried over: 3 of 4 live parameters" in message
-    assert "initialised, for the checkpoint has none: model/scale" in message
-    assert "dropped, for no live group has them: model/0.weight" in message
-
-
-def test_parameters_that_moved_between_groups_are_told():
-    module, live = net(), net()
-    first, second = (list(module[i].parameters()) for i in (0, 2))
-    optimizer = torch.optim.SGD([{"params": first}, {"params": second}], lr=0.1)
-    entries = saved({"model": module, "optimizer": optimizer})
-    (a, b), (c, d) = live[0].parameters(), live[2].parameters()
-    moved = torch.optim.SGD([{"params": [a]}, {"params": [b, c, d]}], lr=0.1)
-    with pytest.raises(StateMismatchError, match=r"group 1 now has 3 parameters, which were in groups \[0, 1\]"):
-        check_state({"model": live, "optimizer": moved}, entries)
-
-
 def test_flat_state_is_only_for_the_same_list_of_parameters():
     module, live = net(), net()
     optimizer = torch.optim.LBFGS(module.parameters(), max_iter=2)
@@ -306,7 +278,6 @@ def test_numbered_state_dicts_convert_both_ways_without_an_optimizer():
     names = [[name for name, _ in module.named_parameters()]]
     tree = to_names(optimizer.state_dict(), names)
     reordered = [names[0][::-1]]
-    check_names(tree, reordered)
     numbered = to_indices(tree, reordered)
     assert bits(numbered["state"][0]) == bits(optimizer.state_dict()["state"][3])
     assert numbered["param_groups"][0]["params"] == [0, 1, 2, 3]
