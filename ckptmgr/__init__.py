@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         OnImprovement,
         OnSignal,
     )
+    from ckptmgr.state.elastic_sampler import ElasticSampler
     from ckptmgr.state.handlers import register_handler
     from ckptmgr.state.per_sample_seed import PerSampleSeed
 
@@ -83,6 +84,7 @@ _HOMES = {
         "OnImprovement",
         "OnSignal",
     ],
+    "ckptmgr.state.elastic_sampler": ["ElasticSampler"],
     "ckptmgr.state.handlers": ["register_handler"],
     "ckptmgr.state.per_sample_seed": ["PerSampleSeed"],
 }
@@ -96,6 +98,7 @@ __all__ = [
     "Checkpointer",
     "CkptmgrError",
     "CorruptCheckpointError",
+    "ElasticSampler",
     "EveryEpochs",
     "EverySeconds",
     "EverySteps",

@@ -134,6 +134,7 @@ def test_the_public_names_are_these() -> None:
         "Checkpointer",
         "CkptmgrError",
         "CorruptCheckpointError",
+        "ElasticSampler",
         "EveryEpochs",
         "EverySeconds",
         "EverySteps",

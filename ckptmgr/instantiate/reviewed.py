@@ -45,8 +45,9 @@ _LIGHTNING = {
     "strategies": "DDPStrategy FSDPStrategy ModelParallelStrategy SingleDeviceStrategy",
 }
 _OWN = (
-    "AnyOf Budget CheckpointManager Checkpointer EveryEpochs EverySeconds EverySteps KeepAll KeepBest KeepEveryEpochs "
-    "KeepEverySteps KeepLast KeepTagged KeepWithin OnException OnImprovement OnSignal PerSampleSeed Union"
+    "AnyOf Budget CheckpointManager Checkpointer ElasticSampler EveryEpochs EverySeconds EverySteps KeepAll KeepBest "
+    "KeepEveryEpochs KeepEverySteps KeepLast KeepTagged KeepWithin OnException OnImprovement OnSignal PerSampleSeed "
+    "Union"
 )
 _TORCH = "Generator Size device tensor"
 _TORCH_DATA = (
