@@ -32,7 +32,7 @@ __all__ = ["command"]
 )
 @click.option("--dry-run", is_flag=True, help="Print the configuration, and what it would build.")
 @click.option("--allow", multiple=True, metavar="PATTERN", help="Allow targets, such as my_pkg.*; may be repeated.")
-@click.option("--print", "print_only", is_flag=True, help="Print the command instead of running it. For scripts.")
+@click.option("--print", "print_only", is_flag=True, help="Print the script's command, and do not run it.")
 @click.option("--allow-command", is_flag=True, help="Run the recorded command although it is not of this project.")
 @quiet_option()
 @json_option()
@@ -48,9 +48,11 @@ def command(
 ) -> None:
     """Start a run again, where it stopped, or from one of its checkpoints (RUN_DIR@REF).
 
-    A run that `ckptmgr run` started is built again from its own configuration, with overrides where they are given. For
-    any other, the recorded script is run if it lies in the current project, with this Python, in this environment; the
-    exit code is that of the script. With --json, prints the command and does not run it.
+    A run that `ckptmgr run` started is built again from its own configuration, with overrides where they are given:
+    KEY=VALUE, +KEY=VALUE, ~KEY, as for `ckptmgr run`.
+
+    For any other, the recorded script is run if it lies in the current project, with this Python, in this environment;
+    the exit code is that of the script. Its command is printed, and not run, with --print or --json.
 
     Refuses (exit code 11) while a process of this host trains in the run.
     """

@@ -50,7 +50,7 @@ def command(
     KEY=VALUE overrides what CONFIG says, +KEY=VALUE adds, ~KEY removes; lists go by index (callbacks.0.patience=3).
     CONFIG may name classes of your own packages if your pyproject.toml allows it: [tool.ckptmgr] allow = ["my_pkg.*"].
 
-    If RUN_DIR holds a run already, it is gone on with. Without one, each start is a fresh run.
+    If RUN_DIR holds a run already, training goes on there. Without RUN_DIR, each start is a fresh run below runs/.
     """
     from ckptmgr.cli.output import note
     from ckptmgr.cli.training import enter_project, print_plan, train_and_report
