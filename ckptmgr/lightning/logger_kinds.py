@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import posixpath
 import sys
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +26,7 @@ from ckptmgr.lightning.log_files import (
     mend_csv,
 )
 
-__all__ = ["LoggerKind", "NotContinued", "describe", "kind_of", "place_in_run"]
+__all__ = ["CsvLogs", "LoggerKind", "NotContinued", "describe", "kind_of", "place_in_run"]
 
 _log = logging.getLogger("ckptmgr")
 
@@ -126,6 +128,18 @@ class CsvLogs(_Folders):
             writer.hparams = fresh.hparams
             _remove_if_empty(logger._fs, fresh.log_dir)
         return csv_position(logger._fs, writer.metrics_file_path)
+
+    def set_aside(self, logger: Any) -> str | None:
+        """Rename the file that a logger would delete when it begins, and return its new path; None if there is none."""
+        if logger._experiment is not None or logger._version is None:
+            return None
+        path = posixpath.join(str(logger.log_dir), "metrics.csv")
+        if not logger._fs.exists(path):
+            return None
+        stem = path.removesuffix(".csv")
+        beside = next(name for n in count(1) if not logger._fs.exists(name := f"{stem}.replaced-{n}.csv"))
+        logger._fs.mv(path, beside)
+        return beside
 
     def position(self, logger: Any) -> dict[str, Any]:
         logger.experiment.save()

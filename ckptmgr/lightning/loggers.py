@@ -15,7 +15,7 @@ from typing import Any
 
 from ckptmgr.errors import CheckpointNotFoundError, CkptmgrError
 from ckptmgr.launch.logger_record import LoggerRecord, read_loggers, write_loggers
-from ckptmgr.lightning.logger_kinds import LoggerKind, NotContinued, describe, kind_of, place_in_run
+from ckptmgr.lightning.logger_kinds import CsvLogs, LoggerKind, NotContinued, describe, kind_of, place_in_run
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.storage.open import open_storage
 from ckptmgr.training_run import TrainingRun
@@ -39,6 +39,7 @@ def begin_logs(trainer: Any, run_dir: str, resume: str, *, storage_options: Mapp
     # A second `fit` goes on from what is in memory.
     if trainer.global_step == 0 and trainer.world_size == 1:
         logs.adopt(resume, storage_options=storage_options)
+        logs.keep_others()
     return logs
 
 
@@ -94,6 +95,22 @@ class Logs:
                 with _warning_of_failure(logger):
                     self._adopt(logger, kind, _match(self._records, logger, kind, index, self._run_dir, taken))
 
+    def keep_others(self) -> None:
+        """Keep the files of another run where a logger that goes on with nothing is set up to write, and would delete.
+
+        A fork has its parent's configuration, and with it the place of the parent's log.
+        """
+        going_on = {id(adopted.logger) for adopted in self._adopted}
+        for logger in self._loggers:
+            kind = kind_of(logger)
+            if isinstance(kind, CsvLogs) and id(logger) not in going_on:
+                with _warning_of_failure(logger):
+                    kept = kind.set_aside(logger)
+                    if kept is not None:
+                        _log.warning(
+                            "%s begins a new log; the one that was there is now %s", type(logger).__qualname__, kept
+                        )
+
     def chosen(self, run: TrainingRun) -> None:
         """Let go of what was taken up, if the run goes on from something else than was to be expected."""
         if not self._adopted:
@@ -109,6 +126,7 @@ class Logs:
                 adopted.kind.release(adopted.logger, adopted.before)
         self._adopted.clear()
         self._undo.close()
+        self.keep_others()
 
     def begin(self, run: TrainingRun, saved: Sequence[Mapping[str, Any] | None]) -> None:
         """Put log files back to where they were, and record which logs this attempt writes.
