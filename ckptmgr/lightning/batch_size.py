@@ -38,6 +38,7 @@ def counted_anew(position: Mapping[str, Any], loader: Any) -> tuple[Mapping[str,
         "recut": position.get("recut"),
         "facts": saved["facts"],
         "attributes": saved["attributes"],
+        **({"sampler": saved["sampler"]} if "sampler" in saved else {}),
     }
     found = recut_position(state, loader)
     if found is None:

@@ -8,16 +8,18 @@ of the order is cut anew. A further save in that epoch remembers all sizes, so t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from ckptmgr.errors import StateMismatchError
+from ckptmgr.state.elastic_position import count_elastically, elastic_sampler_of
+from ckptmgr.state.elastic_sampler import RestOfEpoch
 from ckptmgr.state.loader_facts import describe_loader, differences
 
-__all__ = ["SIZE_ATTRIBUTE", "Earlier", "RecutBatches", "batches_passed", "recut_position"]
+__all__ = ["SIZE_ATTRIBUTE", "Earlier", "RecutBatches", "batches_passed", "batches_to_pass", "recut_position"]
 
 Earlier = Sequence[Sequence[int]]
 """``[batch size, number of batches]`` of what was trained in this epoch before the size that is in force."""
@@ -76,6 +78,17 @@ def batches_passed(state: Mapping[str, Any]) -> int:
     return int(state["batch"]) - int(recut["began_at"]) + sum(int(count) for _, count in recut["earlier"])
 
 
+def batches_to_pass(loader: Any, recut: Mapping[str, Any] | None) -> Iterable[list[int]] | None:
+    """Return the epoch's batches, the first ones in their own sizes; None: those of the loader's own sampler.
+
+    With an `ElasticSampler`, they begin where the sizes that are in force do.
+    """
+    sampler = elastic_sampler_of(loader)
+    if sampler is not None:
+        return RestOfEpoch(sampler, int(recut["samples"]) if recut else 0)
+    return None if recut is None else RecutBatches(loader.batch_sampler, recut["earlier"])
+
+
 def recut_position(state: Mapping[str, Any], loader: Any) -> tuple[dict[str, Any], str] | None:
     """Count a position in mid-epoch anew for a live loader with another batch size.
 
@@ -83,7 +96,7 @@ def recut_position(state: Mapping[str, Any], loader: Any) -> tuple[dict[str, Any
     change in mid-epoch, and nobody who counts to it has to know.
 
     Args:
-        state: The position: ``epoch``, ``batch``, ``facts``, ``attributes`` and perhaps ``recut``.
+        state: The position: ``epoch``, ``batch``, ``facts``, ``attributes`` and perhaps ``recut`` and ``sampler``.
         loader: The live loader.
 
     Returns:
@@ -92,6 +105,9 @@ def recut_position(state: Mapping[str, Any], loader: Any) -> tuple[dict[str, Any
     Raises:
         StateMismatchError: The batch size differs, and the rest of the epoch cannot be cut anew with this loader.
     """
+    sampler = elastic_sampler_of(loader)
+    if sampler is not None and "sampler" in state:
+        return count_elastically(state, loader, sampler)
     saved, live = state["facts"], describe_loader(loader)
     if saved["batch_size"] == live["batch_size"] or not (saved["batch_size"] and live["batch_size"]):
         return None

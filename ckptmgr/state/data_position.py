@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ckptmgr.errors import StateMismatchError, UsageError
-from ckptmgr.state.batch_sizes import RecutBatches, batches_passed, recut_position
+from ckptmgr.state.batch_sizes import batches_passed, batches_to_pass, recut_position
+from ckptmgr.state.elastic_position import sampler_state
 from ckptmgr.state.generators import capture_generators, restore_generators
 from ckptmgr.state.loader_facts import (
     describe_loader,
@@ -60,7 +61,8 @@ class DataPosition(Iterator[Any]):
     the training steps, and numbers kept on sampler or data set that differ from those of the run that saved.
 
     With another batch size, a map-style ``DataLoader`` goes on with the samples that were not trained yet, in the order
-    of the interrupted epoch; that is said too. Other loaders are refused in mid-epoch.
+    of the interrupted epoch; that is said too. With an :class:`~ckptmgr.state.elastic_sampler.ElasticSampler`, so it
+    does with another number of ranks. Other loaders are refused in mid-epoch.
 
     Args:
         loader: A ``DataLoader``, a loader with ``state_dict`` and ``load_state_dict``, any other iterable that can be
@@ -207,6 +209,7 @@ class DataPosition(Iterator[Any]):
             "attributes": attributes,
             "reading_changes_dataset": has_begun and _of_dataset(attributes) != _of_dataset(self._attributes_at_start),
             "loader_state": self._loader_state() if has_begun else None,
+            **sampler_state(self._loader, self.batch, self._recut),
         }
         return position if self._recut is None else {**position, "version": _RECUT_VERSION, "recut": self._recut}
 
@@ -236,7 +239,7 @@ class DataPosition(Iterator[Any]):
                 next="resume with the version of ckptmgr that saved it",
             )
         changed = differences(state["facts"], describe_loader(self._loader))
-        recut = recut_position(state, self._loader) if changed and not is_boundary(state) else None
+        recut = None if is_boundary(state) else recut_position(state, self._loader)
         if recut is not None:
             state, changed = {**state, **recut[0]}, []
             self._notify(recut[1])
@@ -349,16 +352,15 @@ class DataPosition(Iterator[Any]):
             lived_on = workers is not None and workers["are_reused"] and not keeps_workers(self._loader)
             before_first = functools.partial(self._put_epoch_start, state) if lived_on else None
             passed = batches_passed(state)
-            skipped = skipping_loader(self._loader, passed, before_first=before_first, batches=self._recut_batches())
+            skipped = skipping_loader(
+                self._loader, passed, before_first=before_first, batches=batches_to_pass(self._loader, self._recut)
+            )
             iterator = iter(skipped)
             skipped.prime()
             if skipped.draws_per_batch:
                 self._say_draws("the sampler")
             return iterator
         return self._replay(batches_passed(state))
-
-    def _recut_batches(self) -> RecutBatches | None:
-        return None if self._recut is None else RecutBatches(self._loader.batch_sampler, self._recut["earlier"])
 
     def _put_epoch_start(self, state: Mapping[str, Any]) -> None:
         restore_rng(state["epoch_start"]["rng"])
@@ -371,7 +373,7 @@ class DataPosition(Iterator[Any]):
         self._iterate()
 
     def _replay(self, nbatches: int) -> Iterator[Any]:
-        batches = self._recut_batches()
+        batches = batches_to_pass(self._loader, self._recut)
         iterator = self._iterate() if batches is None else iter(skipping_loader(self._loader, 0, batches=batches))
         after_first: dict[str, Any] | None = None
         reported_at = time.monotonic()

@@ -20,6 +20,7 @@ from torch.utils.data import (
 )
 
 from ckptmgr.errors import UsageError
+from ckptmgr.state.elastic_sampler import ElasticSampler
 from ckptmgr.state.generators import find_generators
 from ckptmgr.state.loader_skip import why_not_skippable
 from ckptmgr.state.per_sample_seed import PerSampleSeed
@@ -39,7 +40,7 @@ __all__ = [
 
 _PLAIN_DATA = (TensorDataset, list, tuple, range, np.ndarray, torch.Tensor)
 # What decides which samples make up batch k. A change in mid-epoch would repeat some samples and skip others.
-_SHAPE_FACTS = ("kind", "sampler", "dataset_length", "batch_size", "drop_last", "batches", "sample_seed")
+_SHAPE_FACTS = ("kind", "sampler", "dataset_length", "batch_size", "drop_last", "batches", "sample_seed", "world_size")
 
 
 def loader_kind(source: object) -> str:
@@ -95,7 +96,7 @@ def describe_loader(source: object) -> dict[str, Any]:
     dataset = getattr(source, "dataset", None)
     batch_sampler = getattr(source, "batch_sampler", None)
     seeds = [layer.seed for layer in _layers(dataset) if isinstance(layer, PerSampleSeed)]
-    return {
+    facts = {
         "kind": loader_kind(source),
         "loader": _name(source),
         "sampler": [_name(layer) for layer in _sampler_layers(_index_sampler(source))],
@@ -107,6 +108,9 @@ def describe_loader(source: object) -> dict[str, Any]:
         "keeps_workers": keeps_workers(source),
         "sample_seed": seeds[0] if seeds else None,
     }
+    if isinstance(batch_sampler, ElasticSampler):
+        facts |= {"batch_size": batch_sampler.global_batch_size, "world_size": batch_sampler.world_size}
+    return facts
 
 
 def differences(saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
