@@ -1,6 +1,10 @@
-"""Long campaigns run only when they are asked for: ``pytest -m campaign``."""
+"""Long campaigns run only when they are asked for: ``pytest -m campaign``. What is left out is said at the end."""
+
+from typing import Any
 
 import pytest
+
+LEFT_OUT = pytest.StashKey[int]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -13,10 +17,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.stash[LEFT_OUT] = len(left_out)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Take over what a worker process left out: each of them collects everything."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     number = config.stash.get(LEFT_OUT, 0)
     if number:
         terminalreporter.write_line(f"left out: {number} tests of long campaigns; `pytest -m campaign` runs them")
-
-
-LEFT_OUT = pytest.StashKey[int]()
