@@ -1,6 +1,6 @@
 """Trains ten steps, in a plain loop or with Lightning, and may die on the way; prints the loss of every step.
 
-Usage: python reordered_program.py FACE RUN_DIR DIE_AT ORDER, with ORDER ``usual`` or ``reordered``.
+Usage: python reordered_program.py FACE RUN_DIR DIE_AT ORDER, with ORDER ``usual``, ``reordered`` or ``frozen``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ class Body(nn.Module):
 
 
 def build(module: nn.Module, order: str) -> tuple[torch.optim.Optimizer, Any]:
-    """Make the optimizer: two groups with their own rates; reordered, inside out and the other way round."""
+    """Make the optimizer: two groups with their own rates; reordered, inside out and the other way round.
+
+    With ``frozen``, it trains the last layer no longer.
+    """
     named = list(module.named_parameters())
     groups = [
         {"params": [p for name, p in named if "second" in name], "lr": 0.1},
@@ -38,6 +41,10 @@ def build(module: nn.Module, order: str) -> tuple[torch.optim.Optimizer, Any]:
     ]
     if order == "reordered":
         groups = [{**group, "params": group["params"][::-1]} for group in groups[::-1]]
+    if order == "frozen":
+        groups[1]["params"] = [p for name, p in named if "first" in name]
+        for name, parameter in named:
+            parameter.requires_grad_("third" not in name)
     optimizer = torch.optim.AdamW(groups, lr=0.01)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
 

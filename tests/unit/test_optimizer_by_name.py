@@ -365,16 +365,21 @@ def lambdas(optimizer: Optimizer) -> LambdaLR:
     return LambdaLR(optimizer, lambda epoch: 0.5**epoch)
 
 
-@pytest.mark.parametrize(
-    "schedule", [lambdas, lambda o: StepLR(o, 1, 0.5), lambda o: ChainedScheduler([lambdas(o)])], ids=str
-)
+SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {
+    "LambdaLR": lambdas,
+    "StepLR": lambda o: StepLR(o, 1, 0.5),
+    "ChainedScheduler": lambda o: ChainedScheduler([lambdas(o)]),
+}
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
 @pytest.mark.parametrize("scheduler_first", [False, True])
-def test_base_rates_follow_groups_that_changed_places(schedule: Any, scheduler_first: bool) -> None:
+def test_base_rates_follow_groups_that_changed_places(name: str, scheduler_first: bool) -> None:
     def program(flipped: bool) -> tuple[SGD, dict[str, Any]]:
         model = Net()
         groups = grouped(model, [(NAMES[:3], {"lr": 0.8}), (NAMES[3:], {"lr": 0.1})])
         optimizer = SGD(groups[::-1] if flipped else groups)
-        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": schedule(optimizer)}
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": SCHEDULES[name](optimizer)}
         return optimizer, dict(reversed(state.items())) if scheduler_first else state
 
     optimizer, state = program(False)
@@ -490,13 +495,39 @@ def test_kernels_are_the_programs_and_step_is_what_they_want(saved_options: Any,
     train(live, other)
 
 
-def test_a_double_step_becomes_what_a_fused_kernel_wants() -> None:
+@pytest.mark.parametrize("live_options", [{"foreach": True}, {"fused": True}, {"foreach": False}], ids=str)
+def test_a_double_step_becomes_what_the_live_kernel_has(live_options: Any) -> None:
     module, optimizer = trained(AdamW)
     for slots in optimizer.state.values():
         slots["step"] = slots["step"].double()
-    live, other = carried(module, optimizer, lambda p: AdamW(p, fused=True), [NAMES])
+    live, other = carried(module, optimizer, lambda p: AdamW(p, **live_options), [NAMES])
     assert other.state[live.a.weight]["step"].dtype == torch.float32
     train(live, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("live_options", [{"foreach": True}, {"fused": True}, {"capturable": True}], ids=str)
+@pytest.mark.parametrize("saved_device", ["cpu", "cuda"])
+@pytest.mark.parametrize("live_device", ["cpu", "cuda"])
+def test_steps_and_moments_go_to_the_live_device(saved_device: str, live_device: str, live_options: Any) -> None:
+    if live_device == "cpu" and "capturable" in live_options:
+        pytest.skip("torch captures no graphs on a CPU")
+    module, live = Net().to(saved_device), Net(seed=5).to(live_device)
+    optimizer, other, fresh = (
+        AdamW(module.parameters()),
+        AdamW(live.parameters(), **live_options),
+        Net().to(live_device),
+    )
+    reference = AdamW(fresh.parameters(), **live_options)
+    for one, trainee in ((module, optimizer), (fresh, reference)):
+        one(torch.ones(2, 3, device=one.a.weight.device)).square().mean().backward()
+        trainee.step()
+    restored({"model": live, "optimizer": other}, saved({"model": module, "optimizer": optimizer}))
+    assert state_of(live, other) == state_of(module, optimizer)
+    for slot, value in reference.state[fresh.a.weight].items():
+        carried_value = other.state[live.a.weight][slot]
+        assert (carried_value.device, carried_value.dtype) == (value.device, value.dtype)
 
 
 def test_a_step_that_is_a_number_becomes_a_tensor() -> None:
@@ -705,6 +736,22 @@ def test_what_has_no_counterpart_is_not_compared_and_that_is_said(mode: str, cap
     resumed(old, new, described, mode)
     assert "not compared with the checkpoint's, which has no such parameters: group 1 of optimizer" in warnings(caplog)
     assert [group["lr"] for group in new["optimizer"].param_groups] == [0.1, 0.7]
+
+
+@pytest.mark.parametrize("mode", ["keep", "apply"])
+def test_options_that_a_scheduler_has_for_each_group_are_compared_by_the_live_groups(
+    mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def build(groups: Any, rates: list[float]) -> tuple[dict[str, Any], Any]:
+        state, _ = program(groups, lr=0.1)
+        state["scheduler"] = ReduceLROnPlateau(state["optimizer"], min_lr=rates)
+        return state, TrainingOptions(state, "keep").in_force
+
+    old, described = build([NAMES[:3], NAMES[3:]], [0.01, 0.02])
+    new, _ = build([NAMES[5:], NAMES[:3], NAMES[3:5]], [0.02, 0.01, 0.02])
+    options = resumed(old, new, described, mode)
+    assert warnings(caplog) == ""
+    assert options.applied == []
 
 
 def test_a_decay_that_means_another_thing_is_no_changed_option(caplog: pytest.LogCaptureFixture) -> None:

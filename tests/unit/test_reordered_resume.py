@@ -1,8 +1,9 @@
-"""A program whose optimizer was reordered between the kill and the resume trains as if it had not been."""
+"""Programs whose optimizer has changed between the kill and the resume: reordered, or with a frozen layer."""
 
 from __future__ import annotations
 
 import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ def losses(printed: str) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("face", list(FACES))
-def test_losses_after_a_reordered_resume_are_those_of_the_uninterrupted_run(
+def test_a_reordered_optimizer_trains_on_as_before_and_a_frozen_layer_is_told(
     face: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     if face == "lightning":
@@ -33,10 +34,22 @@ def test_losses_after_a_reordered_resume_are_those_of_the_uninterrupted_run(
     killed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
 
+    shutil.copytree(tmp_path / "run", tmp_path / "frozen")
     caplog.clear()
     FACES[face](str(tmp_path / "run"), 99, "reordered")
     after = losses(capfd.readouterr().out)
     assert 1 < min(after) <= 5
     assert losses(killed.stdout) | after == straight
-    said = [(r.levelno, r.getMessage()) for r in caplog.records if "optimizer" in r.getMessage()]
+    said = [(r.levelno, r.getMessage()) for r in caplog.records if r.getMessage().startswith("optimizer")]
     assert said == [(logging.INFO, "optimizer AdamW: state carried by name for 6 of 6 parameters")]
+
+    caplog.clear()
+    FACES[face](str(tmp_path / "frozen"), 99, "frozen")
+    frozen = losses(capfd.readouterr().out)
+    first = min(frozen)
+    assert (first, max(frozen)) == (min(after), STEPS)
+    assert frozen[first] == straight[first]
+    assert frozen[STEPS] != straight[STEPS]
+    (told,) = (r for r in caplog.records if r.getMessage().startswith("optimizer AdamW"))
+    assert told.levelno == logging.WARNING
+    assert "carried by name for 4 of 4 parameters; dropped for 2 (model/" in told.getMessage()
