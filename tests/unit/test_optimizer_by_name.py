@@ -575,6 +575,18 @@ def test_tensor_options_follow_the_live_kind(now: bool) -> None:
 # Kinds of state
 
 
+KINDS = ["Adadelta", "Adagrad", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "Adafactor", "SGD"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_optimizer_goes_on_bit_by_bit_in_another_order(name: str) -> None:
+    kind = getattr(torch.optim, name)
+    module, optimizer = trained(kind)
+    live, other = carried(module, optimizer, kind, [NAMES[3:][::-1], NAMES[:3]])
+    assert state_of(live, other) == state_of(module, optimizer)
+    assert train(live, other) == train(module, optimizer)
+
+
 def test_factored_state_goes_with_its_parameter() -> None:
     module, optimizer = trained(torch.optim.Adafactor)
     live, other = carried(module, optimizer, torch.optim.Adafactor, [NAMES[4:], NAMES[1:4][::-1]])
