@@ -19,7 +19,6 @@ from ckptmgr.errors import StateMismatchError
 from ckptmgr.lightning.batch_size import counted_anew
 from ckptmgr.state.batch_sizes import batches_passed, batches_to_pass
 from ckptmgr.state.elastic_position import sampler_state
-from ckptmgr.state.elastic_sampler import ElasticSampler
 from ckptmgr.state.generators import capture_generators, restore_generators
 from ckptmgr.state.loader_facts import (
     describe_loader,
@@ -65,7 +64,7 @@ class TrainData:
     def before_iterating(self, loaders: list[Any], epoch: int) -> None:
         """Record what the epoch begins with. Called right before Lightning iterates the train loaders."""
         for loader in loaders:
-            _tell_epoch(loader, epoch)
+            _tell_per_sample_seed(loader, epoch)
         self._workers = [self._describe_workers(i, loader) for i, loader in enumerate(loaders)]
         self._start = {
             "rng": capture_rng(),
@@ -156,7 +155,7 @@ class TrainData:
         self._recut = position.get("recut")
         for i, loader in enumerate(loaders):
             saved = position["loaders"][i]
-            _tell_epoch(loader, position["epoch"])
+            _tell_per_sample_seed(loader, position["epoch"])
             if simple_attributes(loader) != saved["attributes"]:
                 set_data_epoch(loader, position["epoch"])
             set_data_epoch(_OnlySampler(loader), position["epoch"])
@@ -407,12 +406,9 @@ def _stateful_states(loaders: list[Any]) -> list[Any]:
     return [loader.state_dict() if loader_kind(loader) == "stateful" else None for loader in loaders]
 
 
-def _tell_epoch(loader: Any, epoch: int) -> None:
+def _tell_per_sample_seed(loader: Any, epoch: int) -> None:
     dataset = getattr(loader, "dataset", None)
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     if isinstance(dataset, PerSampleSeed):
         dataset.set_epoch(epoch)
-    # Lightning tells samplers alone, and after it has iterated the loaders of the first epoch.
-    if isinstance(getattr(loader, "batch_sampler", None), ElasticSampler):
-        loader.batch_sampler.set_epoch(epoch)
