@@ -70,7 +70,8 @@ class Construction:
             for _, key, node in part.nodes():
                 extra = dict.fromkeys(part.extra)
                 check_build(
-                    _to_call(node, part),
+                    # As the whole call that it will be, so that a missing argument is found now.
+                    _to_call(node, part, is_partial=False),
                     key=key,
                     allow=self._allow,
                     base=part.base,
@@ -88,7 +89,7 @@ class Construction:
         part = self._parts[slot]
         return {
             name: build(
-                _to_call(node, part),
+                _to_call(node, part, is_partial=part.is_partial),
                 key=key,
                 allow=self._allow,
                 base=part.base,
@@ -100,9 +101,9 @@ class Construction:
         }
 
 
-def _to_call(node: Node, part: Part) -> Node:
+def _to_call(node: Node, part: Part, *, is_partial: bool) -> Node:
     # Hydra's configurations leave an optimizer to whoever has the parameters: here they are at hand.
-    return {**node, "_partial_": part.is_partial} if part.is_partial or part.n_args else node
+    return {**node, "_partial_": is_partial} if part.is_partial or part.n_args else node
 
 
 def by_name(nodes: Mapping[str, Node] | Sequence[Node] | None) -> Mapping[str, Node] | None:

@@ -22,12 +22,14 @@ _SAVED = ("model", "optimizer", "scheduler")
 
 
 def check(plan: Plan) -> None:
-    """Import everything that a plan names and check that it can be built. Nothing is built.
+    """Import everything that a plan names and check that it can be built. Nothing is, but what saves.
 
     Raises:
         ConfigError, NotAllowedError: Something cannot be built.
     """
-    Construction(plan, _parts(plan))
+    making = Construction(plan, _parts(plan))
+    # Made for its own checks of values. It opens nothing.
+    making.one("checkpoint", run_dir="unused", state={"model": {}}, resume="never", on_changed_options="apply")
 
 
 def train(plan: Plan, *, run_dir: str, resume: str, fork_from: Reference | None = None) -> None:

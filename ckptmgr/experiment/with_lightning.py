@@ -29,13 +29,15 @@ _SCHEDULE_KEYS = ("_interval_", "_frequency_", "_monitor_")
 
 
 def check(plan: Plan) -> None:
-    """Import everything that a plan names and check that it can be built. Nothing is built.
+    """Import everything that a plan names and check that it can be built. Nothing is, but what saves.
 
     Raises:
         ConfigError, NotAllowedError: Something cannot be built.
     """
     module = importlib.import_module(_tree_of(plan))
-    Construction(plan, _parts(plan, module, root="."))
+    making = Construction(plan, _parts(plan, module, root="."))
+    # Made for its own checks: it takes any name, and looks at values itself. It opens nothing.
+    making.one("checkpoint", run_dir="unused", resume="never", on_changed_options="apply")
 
 
 def train(plan: Plan, *, run_dir: str, resume: str, fork_from: Reference | None = None) -> None:
@@ -87,6 +89,7 @@ def _as_quiet_as_we_are(logger: str) -> Iterator[None]:
 
 def _parts(plan: Plan, module: Any, *, root: str) -> list[Part]:
     name, tree = module.__name__, plan.tree
+    _check_that_there_are_data(plan, module)
     scheduler = tree["scheduler"]
     if scheduler is not None:
         scheduler = {key: value for key, value in scheduler.items() if key not in _SCHEDULE_KEYS}
@@ -137,6 +140,18 @@ def _refuse_second_manager(plan: Plan) -> None:
                 "it is a manager of checkpoints, and an experiment has one, in its run directory",
                 "move its arguments to the slot 'checkpoint', or remove it",
             )
+
+
+def _check_that_there_are_data(plan: Plan, module: Any) -> None:
+    if plan.tree["data"] is not None or (plan.tree["loaders"] or {}).get("train") is not None:
+        return
+    model = class_of(plan, "model", plan.tree["model"])
+    if getattr(model, "train_dataloader", None) is module.LightningModule.train_dataloader:
+        raise slot_error(
+            "data",
+            f"nothing gives {plan.tree['model']['_target_']} batches to train on",
+            "write `data: {_target_: my_pkg.Data}`, or `loaders: {train: {_target_: torch.utils.data.DataLoader, …}}`",
+        )
 
 
 def _tree_of(plan: Plan) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ckptmgr.errors import UsageError
-from ckptmgr.format.layout import check_key
+from ckptmgr.format.layout import ATTEMPTS, CHECKPOINTS, check_key
 from ckptmgr.storage.failures import failing_as, storage_error
 from ckptmgr.storage.posix import fsync, link_or_rename, write_all
 from ckptmgr.storage.protocol import Buffer, Entry
@@ -285,6 +285,11 @@ class LocalStorage:
                 elif entry.is_file(follow_symlinks=False):
                     with suppress(FileNotFoundError):
                         yield Entry(prefix + entry.name, entry.stat(follow_symlinks=False).st_size)
+                elif f"{prefix}{entry.name}/".startswith((ATTEMPTS, CHECKPOINTS)) and entry.is_dir():
+                    # Not to see them would be to train from nothing, or from an older step, without a word.
+                    raise OSError(
+                        errno.ELOOP, f"{prefix}{entry.name} is a symbolic link; only the run itself may be one"
+                    )
         for name in inner:
             # Another process may delete while we look.
             with suppress(FileNotFoundError):

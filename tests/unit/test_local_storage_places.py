@@ -129,6 +129,18 @@ def test_the_root_itself_may_be_a_link(tmp_path: Path) -> None:
     assert storage.list() == [Entry("a/b", 1)]
 
 
+@pytest.mark.parametrize("moved", ["checkpoints", "attempts", "checkpoints/0000000001-000001-000000"])
+def test_a_run_that_keeps_its_checkpoints_elsewhere_is_no_empty_run(tmp_path: Path, moved: str) -> None:
+    root = tmp_path / "run"
+    storage = LocalStorage(root)
+    for key in ("attempts/000001/claim.json", "checkpoints/0000000001-000001-000000/manifest.json"):
+        storage.write(key, [b"x"])
+    (root / moved).rename(tmp_path / "scratch")
+    (root / moved).symlink_to(tmp_path / "scratch")
+    with pytest.raises(StorageError, match=f"{moved} is a symbolic link"):
+        LocalStorage(root).list()
+
+
 def test_links_below_the_root_are_neither_listed_nor_followed(
     storage: LocalStorage, root: Path, tmp_path: Path
 ) -> None:
