@@ -10,7 +10,7 @@ from typing import Any
 
 from ckptmgr.errors import StateMismatchError, UsageError
 from ckptmgr.state.batch_sizes import batches_passed, batches_to_pass, recut_position
-from ckptmgr.state.elastic_position import sampler_state
+from ckptmgr.state.elastic_position import begun_by_user, sampler_state
 from ckptmgr.state.generators import capture_generators, restore_generators
 from ckptmgr.state.loader_facts import (
     describe_loader,
@@ -276,7 +276,7 @@ class DataPosition(Iterator[Any]):
         elif self._epochs is not None and self.epoch >= self._epochs:
             return False
         set_data_epoch(self._loader, self.epoch)
-        self._recut = None
+        self._recut = begun_by_user(self._loader)
         self._generators = generators_of(self._loader)
         self._attributes_at_start = simple_attributes(self._loader)
         self._epoch_start = {"rng": capture_rng(), "generators": capture_generators(self._generators)}

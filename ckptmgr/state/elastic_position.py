@@ -9,7 +9,7 @@ from ckptmgr.errors import StateMismatchError
 from ckptmgr.state.elastic_sampler import ElasticSampler
 from ckptmgr.state.loader_facts import describe_loader, differences, loader_kind, why_reading_may_differ
 
-__all__ = ["count_elastically", "elastic_sampler_of", "sampler_state"]
+__all__ = ["begun_by_user", "count_elastically", "elastic_sampler_of", "sampler_state"]
 
 _SIZES = {"batch_size": "batch size", "world_size": "world size"}
 
@@ -18,6 +18,14 @@ def elastic_sampler_of(loader: Any) -> ElasticSampler | None:
     """Return the sampler if a position in this loader can be one in its samples."""
     sampler = getattr(loader, "batch_sampler", None)
     return sampler if isinstance(sampler, ElasticSampler) and loader_kind(loader) == "map" else None
+
+
+def begun_by_user(loader: Any) -> dict[str, Any] | None:
+    """Return where an epoch begins that the sampler was told to go on with; None: at its beginning."""
+    sampler = elastic_sampler_of(loader)
+    if sampler is None or not sampler.position:
+        return None
+    return {"earlier": [], "began_at": 0, "samples": sampler.position}
 
 
 def sampler_state(loader: Any, batch: int, recut: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -301,6 +301,29 @@ def test_what_was_trained_is_not_read_again() -> None:
     assert sorted(job.samples[0]) == sorted(order(NSAMPLES)[:34])
 
 
+def test_an_epoch_that_the_sampler_was_told_to_go_on_with_is_counted_from_there() -> None:
+    job = Job()
+    state = Epoch(NSAMPLES).train(4, 2, 2).state
+
+    def make(**more: Any) -> DataLoader[Any]:
+        live = loader(**more)
+        live.batch_sampler.load_state_dict(state)  # type: ignore[union-attr]
+        return live
+
+    position = DataPosition(make(), notify=pytest.fail)
+    first = indices(next(position))
+    job.saved = position.state_dict(), capture_rng()
+    assert job.saved[0]["sampler"]["position"] == 28
+    # In another process, whatever its sampler was told.
+    for again in (loader, make):
+        taken_up = DataPosition(again(), epochs=1, notify=pytest.fail)
+        taken_up.load_state_dict(job.saved[0])
+        rest = flat(indices(batch) for batch in taken_up)
+        assert first + rest == order(NSAMPLES)[16:]
+    job.samples[0] = order(NSAMPLES)[:28]
+    job.train(2, size=10).check()
+
+
 def test_augmentation_of_workers_that_begins_anew_is_said() -> None:
     job = Job().train(1, 2, data=Augmented(), **forked()).train(1, data=Augmented(), size=4, **forked())
     job.check()
