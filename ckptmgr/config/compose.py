@@ -1,4 +1,4 @@
-"""Compose a configuration: a file, the files that it includes, and the overrides of a command line.
+"""Compose a configuration: a file, and the files that it includes.
 
 A file names others under ``includes:``, a list of paths relative to itself. An include is a fragment with the same
 keys. Later ones override earlier ones, and the file overrides its includes: mappings merge key by key, lists are
@@ -8,7 +8,6 @@ no includes any more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from omegaconf import DictConfig
 
 from ckptmgr.config.foreign import translate
 from ckptmgr.config.includes import load_with_includes
-from ckptmgr.config.overrides import override_tree
 from ckptmgr.config.tree import freeze
 
 __all__ = ["Composition", "compose"]
@@ -29,29 +27,25 @@ class Composition:
     Attributes:
         config: In struct mode. Interpolations stand as text; includes are merged in.
         files: Files that were read, in the order in which they were merged.
-        overrides: As they were given.
         notes: Sentences for the user: what was translated from Hydra or LightningCLI, and what was left out.
     """
 
     config: DictConfig
     files: tuple[str, ...]
-    overrides: tuple[str, ...]
     notes: tuple[str, ...]
 
 
-def compose(path: str | Path, overrides: Sequence[str] = ()) -> Composition:
-    """Read a configuration with its includes, and apply overrides.
+def compose(path: str | Path) -> Composition:
+    """Read a configuration with its includes.
 
     Args:
         path: A YAML file: our own, Hydra's ``.hydra/config.yaml`` or the directory that holds it, or the
             ``config.yaml`` that LightningCLI saves.
-        overrides: ``key=value``, ``+key=value`` or ``~key``; see `ckptmgr.config.overrides`.
 
     Raises:
-        ConfigError: A file or an override cannot be read. Names it, and the files that led to it.
+        ConfigError: A file cannot be read. Names it, and the files that led to it.
     """
     tree, files = load_with_includes(path)
     tree, notes = translate(tree, files[-1])
-    tree = override_tree(tree, overrides)
     config = freeze(tree, where=files[-1])
-    return Composition(config=config, files=tuple(files), overrides=tuple(overrides), notes=tuple(notes))
+    return Composition(config=config, files=tuple(files), notes=tuple(notes))

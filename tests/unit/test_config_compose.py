@@ -28,11 +28,10 @@ def test_later_includes_override_earlier_ones_and_the_file_overrides_all(folder:
     write("a.yaml", "x: a\ny: a\nz: a\nonly_a: {k: 1}\nlist: [1, 2, 3]")
     write("b.yaml", "y: b\nz: b\nonly_a: {m: 2}\nlist: [4]")
     write("main.yaml", "includes: [a.yaml, b.yaml]\nz: main")
-    composition = compose("main.yaml", ["x=5"])
+    composition = compose("main.yaml")
     tree = plain(composition.config)
-    assert tree == {"x": 5, "y": "b", "z": "main", "only_a": {"k": 1, "m": 2}, "list": [4]}
+    assert tree == {"x": "a", "y": "b", "z": "main", "only_a": {"k": 1, "m": 2}, "list": [4]}
     assert composition.files == ("a.yaml", "b.yaml", "main.yaml")
-    assert composition.overrides == ("x=5",)
     assert composition.notes == ()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ckptmgr.config.compose import Composition, compose
+from ckptmgr.config.overrides import apply_overrides
 from ckptmgr.config.resolving import resolve
 from ckptmgr.config.tree import plain
 from ckptmgr.errors import ConfigError
@@ -53,8 +54,8 @@ def tree_of(composition: Composition) -> Any:
 
 
 def test_the_configuration_of_a_real_lightning_cli_is_read(printed: dict[str, Path]) -> None:
-    composition = compose(printed["open"], ["trainer.max_epochs=6", "model.act.inplace=true"])
-    tree = tree_of(composition)
+    composition = compose(printed["open"])
+    tree = plain(apply_overrides(composition.config, ["trainer.max_epochs=6", "model.act.inplace=true"]))
     assert list(tree) == ["seed", "trainer", "loggers", "callbacks", "model", "data", "optimizer", "scheduler"]
     assert tree["seed"] == 7
     trainer = tree["trainer"]
@@ -95,15 +96,15 @@ def test_a_class_that_only_the_program_names_must_be_given(printed: dict[str, Pa
         resolve(composition.config, where="config.yaml")
     assert "no value is given for model._target_, data._target_" in caught.value.what
     assert caught.value.why == "nothing says which class to build"
-    given = compose(printed["fixed"], ["model._target_=pkg.Model", "+data._target_=pkg.Data"])
-    assert tree_of(given)["model"]["_target_"] == "pkg.Model"
-    assert tree_of(given)["model"]["width"] == 9
-    resolve(given.config, where="x")
+    given = apply_overrides(composition.config, ["model._target_=pkg.Model", "+data._target_=pkg.Data"])
+    assert plain(given)["model"]["_target_"] == "pkg.Model"
+    assert plain(given)["model"]["width"] == 9
+    resolve(given, where="x")
 
 
-def compose_text(folder: Path, text: str, *overrides: str) -> Composition:
+def compose_text(folder: Path, text: str) -> Composition:
     (folder / "config.yaml").write_text(text)
-    return compose(folder / "config.yaml", overrides)
+    return compose(folder / "config.yaml")
 
 
 @pytest.mark.parametrize(
@@ -180,8 +181,8 @@ def test_a_configuration_of_our_own_stays_as_it_is(tmp_path: Path, text: str) ->
 
 @pytest.mark.parametrize("place", ["hydra_run", "hydra_run/.hydra/config.yaml"])
 def test_the_configuration_of_a_real_hydra_run_is_read(place: str) -> None:
-    composition = compose(Path(__file__).parent / place, ["data.batch_size=32", "+loggers.csv.save_dir=logs"])
-    tree = tree_of(composition)
+    composition = compose(Path(__file__).parent / place)
+    tree = plain(apply_overrides(composition.config, ["data.batch_size=32", "+loggers.csv.save_dir=logs"]))
     assert tree == {
         "seed": 8,
         "data": {"_target_": "digits.DigitsData", "batch_size": 32},
