@@ -42,7 +42,7 @@ from ckptmgr.storage.open import open_storage
 from ckptmgr.storage.protocol import Storage
 from ckptmgr.words import printable_place
 
-__all__ = ["fork_run", "refuse_cut_off_fork"]
+__all__ = ["check_fork", "fork_run", "refuse_cut_off_fork"]
 
 _DOCUMENTS = ("config", "resolved")
 
@@ -80,6 +80,24 @@ def fork_run(
         UsageError: Something is at the target, or one of the two directories lies within the other.
         Fenced: Another process has begun to fork into the same directory.
     """
+    return _planned(reference, to, storage_options, to_storage_options).make()
+
+
+def check_fork(reference: Reference, to: str) -> None:
+    """Raise what `fork_run` would raise before it writes anything, and write nothing.
+
+    Raises:
+        RunNotFoundError, CheckpointNotFoundError, CorruptCheckpointError, UsageError: As `fork_run`.
+    """
+    _planned(reference, to, None, None).check()
+
+
+def _planned(
+    reference: Reference,
+    to: str,
+    storage_options: Mapping[str, Any] | None,
+    to_storage_options: Mapping[str, Any] | None,
+) -> _Fork:
     source = open_storage(reference.run_dir, storage_options=storage_options)
     if to_storage_options is None and _protocol(to) == _protocol(reference.run_dir):
         to_storage_options = storage_options
@@ -100,7 +118,7 @@ def fork_run(
             why=problem,
             next=f"`ckptmgr verify {source.url}` names the checkpoints that are whole: fork one of them",
         )
-    return _Fork(catalog, manifest, target, to).make()
+    return _Fork(catalog, manifest, target, to)
 
 
 def refuse_cut_off_fork(catalog: Catalog, run_dir: str) -> None:
@@ -138,6 +156,10 @@ class _Fork:
         self._to = to
         self._parent = f"{redact_url(catalog.storage.url)}@{manifest.checkpoint}"
         self._written: list[str] = []
+
+    def check(self) -> None:
+        """Refuse a target that holds something else."""
+        self._refuse_other(Catalog(self._target))
 
     def make(self) -> Manifest:
         """Copy, and commit."""

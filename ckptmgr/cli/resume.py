@@ -63,6 +63,10 @@ def command(
     # Who goes back to a checkpoint wants it as it was trained, not as what came after it was configured.
     is_older = manifest is not None and run.selector != "latest"
     stored = read_experiment(run.catalog, attempt=manifest.attempt if is_older and manifest else None)
+    if to is not None:
+        from ckptmgr.fork import check_fork
+
+        check_fork(Reference(run.run_dir, run.selector or "latest"), to)
     if to is None and not (dry_run or print_only or (as_json and stored is None)):
         _refuse_if_running(run)
     if stored is None:
@@ -89,10 +93,13 @@ def _train(
     from ckptmgr.instantiate.allow_list import AllowList
     from ckptmgr.launch.project import find_project_root
 
+    place, selector = run.run_dir if to is None else to, run.selector or "latest"
+    _refuse_another_place(run.run_dir, overrides)
     enter_project(Path.cwd())
     try:
         plan = make_plan(
-            apply_to_slots(stored.config, overrides),
+            # Where the run is now, whatever was typed when it began: it may have been moved, or be a fork.
+            apply_to_slots(stored.config, overrides, {"run_dir": place}),
             where=f"the configuration of {run.run_dir}",
             allow=AllowList.gather(cwd=Path.cwd(), extra=allow),
         )
@@ -101,23 +108,18 @@ def _train(
         here, there = str(find_project_root(Path.cwd())), stored.project_root
         hint = f"; or resume it in {there}, the project that it was started in" if here != there else ""
         raise NotAllowedError(error.what, why=error.why, next=f"{error.next}{hint}") from error
-    if plan.config.get("run_dir") != stored.config.get("run_dir"):
-        raise UsageError(
-            "run_dir cannot be overridden in a resume",
-            why=f"the run goes on where it is, in {run.run_dir}",
-            next=f"ckptmgr resume {run.run_dir} --to {plan.config.get('run_dir')} forks it into another directory",
-        )
     newest = read_experiment(run.catalog) or stored
     changes = plan.changes_since(newest.config)
     if dry_run:
+        found = run.catalog.resolve(selector) if run.selector else next(run.catalog.newest_first(), None)
+        note(f"{place} would go on from step {found.step if found else 0}")
         for change in changes:
             note(f"changed since the last start: {change}")
         print_plan(plan, (), as_json=as_json)
         return
-    selector = run.selector or "latest"
     train_and_report(
         plan,
-        run_dir=run.run_dir if to is None else to,
+        run_dir=place,
         # A run that was killed before its first save has nothing to resume, and starts again.
         resume="must" if to is not None else "auto" if selector == "latest" else selector,
         fork_from=None if to is None else Reference(run.run_dir, selector),
@@ -126,6 +128,17 @@ def _train(
         changes=changes,
         as_json=as_json,
     )
+
+
+def _refuse_another_place(run_dir: str, overrides: Sequence[str]) -> None:
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key == "run_dir":
+            raise UsageError(
+                "run_dir cannot be overridden in a resume",
+                why=f"the run goes on where it is, in {run_dir}",
+                next=f"ckptmgr resume {run_dir} --to {value or 'NEW_DIR'} forks it into another directory",
+            )
 
 
 def _relaunch(run: OpenRun, to: str | None, *, print_only: bool, allow_command: bool, as_json: bool) -> None:

@@ -73,6 +73,7 @@ def command(
         allow=AllowList.gather(cwd=Path.cwd(), extra=allow),
     )
     if dry_run:
+        note(f"run directory: {plan.tree['run_dir'] or 'a fresh one below runs/'}")
         print_plan(plan, composition.files, as_json=as_json)
         return
     place, resume = requested_run(choose_run_dir(plan, source=config), "auto")

@@ -90,6 +90,7 @@ def _as_quiet_as_we_are(logger: str) -> Iterator[None]:
 def _parts(plan: Plan, module: Any, *, root: str) -> list[Part]:
     name, tree = module.__name__, plan.tree
     _check_that_there_are_data(plan, module)
+    _refuse_several_ranks(tree["trainer"])
     scheduler = tree["scheduler"]
     if scheduler is not None:
         scheduler = {key: value for key, value in scheduler.items() if key not in _SCHEDULE_KEYS}
@@ -139,6 +140,19 @@ def _refuse_second_manager(plan: Plan) -> None:
                 f"callbacks.{name}",
                 "it is a manager of checkpoints, and an experiment has one, in its run directory",
                 "move its arguments to the slot 'checkpoint', or remove it",
+            )
+
+
+def _refuse_several_ranks(trainer: Mapping[str, Any]) -> None:
+    # The manager would refuse as well, but only in each of the processes that Lightning has started by then.
+    for key in ("devices", "num_nodes"):
+        value = trainer.get(key)
+        count = len(value) if isinstance(value, list) else value
+        if isinstance(count, int) and count > 1:
+            raise slot_error(
+                f"trainer.{key}",
+                f"it asks for {count}, and checkpoints of several ranks cannot be saved yet",
+                f"trainer.{key}=1",
             )
 
 

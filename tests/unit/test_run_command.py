@@ -178,6 +178,7 @@ def test_a_loop_saves_what_the_slot_state_holds(project: Path) -> None:
         (["fit.yaml", "callbacks={a: {_target_: PACKAGE.Model}}"], 2, "Callback"),
         (["fit.yaml", "callbacks={a: {_target_: ckptmgr.CheckpointManager, run_dir: x}}"], 2, "slot 'checkpoint'"),
         (["fit.yaml", "data=null"], 2, "'data'"),
+        (["fit.yaml", "+trainer.devices=2"], 2, "trainer.devices"),
         (["fit.yaml", "checkpoint.every_n_train_steps=0"], 2, "checkpoint"),
         (["fit.yaml", "checkpoint.every_n_train_steps=0", "--dry-run"], 2, "checkpoint"),
         (["fit.yaml", "+checkpoint.keep_lst=3", "--dry-run"], 2, "keep_lst"),
@@ -278,12 +279,30 @@ def test_the_place_of_a_run_is_not_overridden(project: Path, capsys: Output) -> 
     assert "--to" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_where_it_was_moved_to(project: Path, capsys: Output) -> None:
+    assert run(["run", "loop.yaml", "run_dir=runs/a", "loop.epochs=1", "--quiet"]) == 0
+    Path("runs/a").rename("runs/moved")
+    assert run(["resume", "runs/moved", "loop.epochs=2", "--quiet"]) == 0
+    assert not Path("runs/a").exists()
+    assert run(["show", "--config", "runs/moved"]) == 0
+    assert "run_dir: runs/moved" in capsys.readouterr().out
+
+
+def test_a_fork_that_cannot_be_made_is_refused_before_anything_is_built(project: Path, capsys: Output) -> None:
+    assert run(["run", "loop.yaml", "run_dir=runs/a", "loop.epochs=1", "--quiet"]) == 0
+    assert run(["run", "loop.yaml", "run_dir=runs/b", "loop.epochs=1", "--quiet"]) == 0
+    capsys.readouterr()
+    assert run(["resume", "runs/a", "--to", "runs/b", "model._target_=nobody.allowed.This"]) == 2
+    assert "cannot fork into runs/b" in capsys.readouterr().err
+
+
 def test_a_dry_resume_says_what_would_change(project: Path, capsys: Output) -> None:
     assert run(["run", "loop.yaml", "run_dir=runs/a", "loop.epochs=1", "--quiet"]) == 0
     before = attempts("runs/a")
     assert run(["resume", "runs/a", "optimizer.lr=0.5", "--dry-run"]) == 0
     output = capsys.readouterr()
     assert "optimizer.lr: 0.1 -> 0.5" in output.err
+    assert "runs/a would go on from step 8" in output.err
     assert "lr: 0.5" in output.out
     assert attempts("runs/a") == before
 
