@@ -50,7 +50,6 @@ __all__ = ["RUN_DIR_VARIABLE", "LoadedCheckpoint", "Monitor", "TrainingRun", "lo
 _log = logging.getLogger("ckptmgr")
 
 _MAX_ERROR_LENGTH = 2000
-_NOTICEABLE_S = 0.1
 _LONG_WAIT_S = 1.0
 
 
@@ -372,11 +371,10 @@ class TrainingRun:
         began = time.monotonic()
         self._writer.wait()
         waited_s = time.monotonic() - began
-        if waited_s < _NOTICEABLE_S:
-            return
-        level = logging.WARNING if waited_s >= _LONG_WAIT_S and not self._has_waited else logging.INFO
-        _log.log(level, "%s waited %.2f s: saves are due faster than the storage takes them", name, waited_s)
-        self._has_waited |= level == logging.WARNING
+        # Once. How long each save blocked stands in its own line.
+        if waited_s >= _LONG_WAIT_S and not self._has_waited:
+            self._has_waited = True
+            _log.warning("%s waited %.2f s: saves are due faster than the storage takes them", name, waited_s)
 
     def _commit(
         self,
