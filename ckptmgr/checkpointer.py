@@ -103,7 +103,7 @@ class Checkpointer:
         background: bool = True,
     ) -> None:
         self._loop = LoopObjects(check_state(state, reserved=RESERVED), on_changed_options)
-        chosen, self._resume = requested_run(run_dir or "", resume)  # not optional here: "" is refused with a message
+        chosen, self._resume = requested_run(run_dir or "", resume, takes_references=False)  # "" is refused
         self._run_dir = str(chosen)
         trigger = trigger_from(
             every=every,

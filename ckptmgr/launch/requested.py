@@ -14,8 +14,15 @@ __all__ = ["hint_at_choice", "requested_run"]
 _CHOICES = ("auto", "must", "never")
 
 
-def requested_run(run_dir: str | os.PathLike[str] | None, resume: str) -> tuple[str | None, str]:
+def requested_run(
+    run_dir: str | os.PathLike[str] | None, resume: str, *, takes_references: bool = True
+) -> tuple[str | None, str]:
     """Return the run directory and the resume choice in force: ``ckptmgr resume`` overrides what the script says.
+
+    Args:
+        run_dir: As the script says.
+        resume: As the script says.
+        takes_references: Whether ``resume`` may name a checkpoint of another run.
 
     Raises:
         UsageError: One of them cannot be meant as it was given.
@@ -25,6 +32,13 @@ def requested_run(run_dir: str | os.PathLike[str] | None, resume: str) -> tuple[
             f"resume={resume!r}",
             why="it is 'auto', 'must', 'never', or names a checkpoint of the run: 'best', a step, a tag, an id",
             next="a step is given as text too, such as resume='1200'",
+        )
+    if not takes_references and any(mark in resume for mark in "/@\\"):
+        raise UsageError(
+            f"resume={resume!r} names a checkpoint of another run",
+            why="this run would begin in the middle of that one's data",
+            next=f"once resume() has returned 0, ckpt.restore({resume!r}) begins with its weights and optimizer; "
+            f"`ckptmgr resume {resume} --to RUN_DIR` copies all of it",
         )
     if run_dir is not None:
         run_dir = _checked_run_dir(run_dir)

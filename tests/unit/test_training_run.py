@@ -339,6 +339,13 @@ def test_a_resume_that_cannot_be_meant_is_refused(resume: object) -> None:
         requested_run("runs/x", resume)  # type: ignore[arg-type]
 
 
+def test_a_plain_loop_is_told_how_to_begin_with_another_run() -> None:
+    assert requested_run("runs/x", "runs/y@best") == ("runs/x", "runs/y@best")
+    with pytest.raises(UsageError, match="another run") as caught:
+        requested_run("runs/x", "runs/y@best", takes_references=False)
+    assert "ckpt.restore('runs/y@best')" in str(caught.value)
+
+
 def test_a_storage_that_fails_does_not_send_training_back(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = LocalStorage.read
 
