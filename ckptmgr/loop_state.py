@@ -16,6 +16,7 @@ from ckptmgr.state.capture import CapturedEntry, capture_state, check_state, res
 from ckptmgr.state.changed_options import OptionChange
 from ckptmgr.state.data_position import DataPosition
 from ckptmgr.state.loader_facts import describe_loader
+from ckptmgr.state.renamed_entries import in_live_names
 from ckptmgr.state.rng import capture_rng, restore_rng
 from ckptmgr.state.training_options import OnChangedOptions, TrainingOptions
 from ckptmgr.storage.open import open_storage
@@ -119,10 +120,10 @@ class LoopObjects:
             StateMismatchError: It does not fit, or was not saved from a plain loop. Nothing was changed.
         """
         _refuse_other_savers(loaded)
-        self._check_options(loaded)
+        options = self._check_options(loaded)
         restore_state(self._state, _of_user(loaded))
         own = loaded.entries
-        self.options.take_up(_options_in(loaded))
+        self.options.take_up(options)
         rng = own[_RNG].tree
         for note in restore_rng(rng):
             _log.warning("%s", note)
@@ -141,9 +142,9 @@ class LoopObjects:
         """
         storage_options = _options_for(reference.run_dir, storage_options)
         loaded = load_checkpoint(reference, names=[*self._state, _PROGRESS], storage_options=storage_options)
-        self._check_options(loaded)
+        options = self._check_options(loaded)
         restore_state(self._state, _of_user(loaded))
-        self.options.take_up(_options_in(loaded))
+        self.options.take_up(options)
         return loaded.manifest.step
 
     def position_in(
@@ -170,8 +171,12 @@ class LoopObjects:
         has_ended = data.is_last_batch or saved.tree["is_exhausted"]
         return data, epochs is not None and data.epoch + bool(has_ended) >= epochs
 
-    def _check_options(self, loaded: LoadedCheckpoint) -> None:
-        self.options.check(_options_in(loaded), {name: entry.tree for name, entry in loaded.entries.items()})
+    def _check_options(self, loaded: LoadedCheckpoint) -> Mapping[str, Any] | None:
+        """Refuse options that cannot be applied; return those of the checkpoint, by the names of the live modules."""
+        renamed = in_live_names(self._state, loaded.entries)
+        options = renamed.options(_options_in(loaded), loaded.entries)
+        self.options.check(options, {name: entry.tree for name, entry in renamed.entries.items()})
+        return options
 
 
 def check_loop(state: Mapping[str, object], loaded: LoadedCheckpoint) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import pathlib
 import types
@@ -24,9 +25,12 @@ from ckptmgr.state.codec import EntryEncoder, decode_entry
 from ckptmgr.state.entry import CapturedEntry
 from ckptmgr.state.handlers import REGISTRY, HandlerRegistry, RestoresWithBackup, StateHandler
 from ckptmgr.state.names import ParameterNames
+from ckptmgr.state.renamed_entries import in_live_names
 from ckptmgr.state.trees import copied_tree
 
 __all__ = ["CapturedEntry", "capture_state", "check_state", "dry_check", "restore_state"]
+
+_log = logging.getLogger("ckptmgr")
 
 
 def capture_state(state: Mapping[str, object], *, registry: HandlerRegistry = REGISTRY) -> list[CapturedEntry]:
@@ -83,10 +87,12 @@ def check_state(
 ) -> None:
     """Check that every entry fits its live object, and that each has its counterpart. Changes nothing.
 
+    A module whose names differ from the checkpoint's by a prefix alone fits, if one rule matches all of them.
+
     Raises:
         StateMismatchError: Something does not fit; tells everything that does not, in all entries.
     """
-    saved = _by_name(entries)
+    saved = in_live_names(state, _by_name(entries)).entries
     names = ParameterNames.of_state(state)
     found: list[StateMismatchError] = []
     missing, unexpected = sorted(state.keys() - saved.keys()), sorted(saved.keys() - state.keys())
@@ -134,7 +140,8 @@ def restore_state(
     Raises:
         StateMismatchError: Something does not fit, or an object refused its state (the cause is chained).
     """
-    saved = _by_name(entries)
+    renamed = in_live_names(state, _by_name(entries))
+    saved = renamed.entries
     check_state(state, saved, registry=registry)
     names = ParameterNames.of_state(state)
     undoable: list[tuple[str, Callable[[], None]]] = []
@@ -165,6 +172,8 @@ def restore_state(
                     else "; nothing was changed"
                 ),
             ) from error
+    for level, note in renamed.notes:
+        _log.log(level, "%s", note)
 
 
 def _nothing() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from ckptmgr.errors import UnsupportedStateError
 from ckptmgr.state.differences import Differences, tensor_difference
 from ckptmgr.state.names import ParameterNames, WrapperPrefixes, module_names
+from ckptmgr.state.prefixes import nearest_rule, shapes_of
 from ckptmgr.state.tensors import memory_identity, same_bits
 from ckptmgr.state.trees import copied_tree, copy_into
 
@@ -67,6 +68,8 @@ class ModuleHandler:
             # Extra state, and what hooks compute, may change its shape: the module's own loading decides about it.
             if isinstance(item, torch.Tensor) and memory_identity(item) in memory:
                 differences.add(tensor_difference(name, item, saved[name]))
+        if live.keys() != saved.keys():
+            differences.add(nearest_rule(shapes_of(saved), shapes_of(live)))
         differences.raise_if_any()
         for line in _tie_differences(live, saved):
             differences.add(line)
