@@ -5,9 +5,12 @@ from typing import Any
 import pytest
 
 LEFT_OUT = pytest.StashKey[int]()
+# Few tests that take long: begun last, they would be waited for by one process while the other has nothing to do.
+LONG = ("test_life_of_a_run", "test_examples", "test_configs", "crash", "resume")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not any(part in item.nodeid.split("::")[0] for part in LONG))
     if "campaign" in config.option.markexpr:
         return
     left_out = [item for item in items if item.get_closest_marker("campaign")]
