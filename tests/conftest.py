@@ -1,8 +1,12 @@
 """Long campaigns run only when they are asked for: ``pytest -m campaign``. What is left out is said at the end."""
 
+import os
 from typing import Any
 
 import pytest
+
+# Before anybody imports torch, for this process and all that it starts: several test at once, on few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 LEFT_OUT = pytest.StashKey[int]()
 # Few tests that take long: begun last, they would be waited for by one process while the other has nothing to do.
