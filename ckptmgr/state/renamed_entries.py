@@ -75,7 +75,11 @@ def in_live_names(state: Mapping[str, object], entries: Mapping[str, CapturedEnt
         entry = entries.get(name)
         if entry is None or entry.handler != "module" or not isinstance(value, nn.Module):
             continue
-        found = _renamed_module(value, entry)
+        try:
+            found = _renamed_module(value, entry)
+        except (KeyError, TypeError, AttributeError, ValueError):
+            # The handler's own check meets it again, and says of which entry it is.
+            continue
         if found is None:
             continue
         rule, pairs, renamed[name] = found
@@ -91,9 +95,6 @@ def in_live_names(state: Mapping[str, object], entries: Mapping[str, CapturedEnt
 
 def _renamed_module(module: nn.Module, entry: CapturedEntry) -> tuple[NameRule, dict[str, str], CapturedEntry] | None:
     tree = entry.tree
-    if not isinstance(tree, Mapping) or not isinstance(tree.get("tensors"), Mapping):
-        # The handler's own check says so.
-        return None
     prefixes = WrapperPrefixes(module)
     live = shapes_of({prefixes.own_name(key): item for key, item in module.state_dict().items()})
     found = find_rule(shapes_of({**tree["tensors"], **tree.get("values", {})}), live)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -235,6 +236,14 @@ def test_moments_that_could_not_follow_are_refused(caplog):
     state["model/gone"] = state.pop("model/model.embed.weight")
     message = refused(now, entries)
     assert "'optimizer': its state for 'model/gone' cannot be matched with a parameter" in message
+
+
+def test_what_is_no_state_of_a_module_is_said_with_its_entry():
+    now = tensors_and_state("bare", 2)[1]
+    for tree in ({}, {"tensors": 1}, {"tensors": {}, "values": 3}, {"tensors": {"model.w": 1}, "versions": []}):
+        entries = saved(now)
+        entries["model"] = dataclasses.replace(entries["model"], tree=tree)
+        assert "'model': " in refused(now, entries)
 
 
 def test_versions_of_layers_go_with_the_names():
