@@ -118,7 +118,8 @@ class Catalog:
                 run_id = self.manifest(checkpoint).run_id
             except CorruptCheckpointError:
                 continue
-            _log.warning("%s in %s; its checkpoints tell the run's id", problem or f"no {RUN_MARKER}", self.storage.url)
+            what = f"{problem.what}: {problem.why}" if problem else f"{RUN_MARKER} is missing"
+            _log.warning("%s; the checkpoints in %s tell the run's id", what, self.storage.url)
             return run_id
         if problem is not None:
             raise problem
