@@ -51,14 +51,13 @@ class Plan:
         return [change for change in changes_between(older, mine) if change.key not in ("run_dir", "name")]
 
 
-def make_plan(config: DictConfig, *, where: str, allow: AllowList, known: Sequence[str] = ()) -> Plan:
+def make_plan(config: DictConfig, *, where: str, allow: AllowList) -> Plan:
     """Check all of a configuration that can be checked without importing what it names.
 
     Args:
         config: Composed, unresolved.
         where: Its name, for messages.
         allow: Which targets may be used.
-        known: Further keys at its top that are right although nothing refers to them.
 
     Raises:
         ConfigError: It cannot be meant as it was written.
@@ -67,7 +66,7 @@ def make_plan(config: DictConfig, *, where: str, allow: AllowList, known: Sequen
     config = without_empty_slots(config)
     refuse_redacted(config, where=where)
     tree = {**DEFAULTS, **resolve(config, where=where)}
-    kind = check_slots(tree, unused=unused_keys(config, SLOTS | set(known)))
+    kind = check_slots(tree, unused=unused_keys(config, SLOTS))
     targets = tuple(find_targets({slot: tree[slot] for slot in DEFAULTS}))
     check_targets(targets, allow)
     for slot in DEFAULTS:
