@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from ckptmgr.cli.arguments import OpenRun
 from ckptmgr.cli.listing import AttemptSummary, read_attempts
@@ -83,8 +82,7 @@ def _attempt_of(manifest: Manifest | None, attempts: Sequence[AttemptSummary]) -
 def _configuration(run: OpenRun, attempt: AttemptSummary) -> dict[str, str]:
     if "config" not in run.catalog.attempts[attempt.number]:
         return {}
-    from omegaconf import OmegaConf
-
+    from ckptmgr.config.tree import join_key, leaves, plain
     from ckptmgr.experiment.stored_run import read_experiment
 
     try:
@@ -93,14 +91,5 @@ def _configuration(run: OpenRun, attempt: AttemptSummary) -> dict[str, str]:
         return {"configuration": f"unreadable: {error.why or error.what}"}
     if stored is None:
         return {}
-    texts = dict(_leaves(OmegaConf.to_container(stored.config, resolve=False), ""))
+    texts = {join_key(path): str(value) for path, value in leaves(plain(stored.config))}
     return {key: text for key, text in texts.items() if key not in ("run_dir", "name")}
-
-
-def _leaves(node: Any, key: str) -> Iterator[tuple[str, str]]:
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
-    if items is None or not node:
-        yield key, str(node)
-        return
-    for name, value in items:
-        yield from _leaves(value, f"{key}.{name}" if key else str(name))
