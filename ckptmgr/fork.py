@@ -308,11 +308,7 @@ def _check_document(data: bytes, name: str, attempt: int, start: StartRecord | N
     if experiment is None:
         return
     expected = experiment.config_digest if name == "config" else experiment.resolved_digest
-    try:
-        is_whole = document_digest(data.decode()) == expected
-    except UnicodeDecodeError:
-        is_whole = False
-    if not is_whole:
+    if document_digest(data) != expected:
         raise CorruptCheckpointError(
             f"{attempt_key(attempt, name)} is damaged",
             why="it does not match the digest that the record of its attempt holds",

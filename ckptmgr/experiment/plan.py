@@ -21,7 +21,7 @@ from ckptmgr.instantiate.targets import Target, check_targets, find_targets
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-__all__ = ["Plan", "apply_to_slots", "make_plan", "without_empty_slots"]
+__all__ = ["Plan", "apply_to_slots", "make_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def make_plan(config: DictConfig, *, where: str, allow: AllowList) -> Plan:
     """Check all of a configuration that can be checked without importing what it names.
 
     Args:
-        config: Composed, unresolved.
+        config: What `apply_to_slots` returned.
         where: Its name, for messages.
         allow: Which targets may be used.
 
@@ -63,7 +63,6 @@ def make_plan(config: DictConfig, *, where: str, allow: AllowList) -> Plan:
         ConfigError: It cannot be meant as it was written.
         NotAllowedError: It names code that nobody has allowed, or gives a secret to what is built in.
     """
-    config = without_empty_slots(config)
     refuse_redacted(config, where=where)
     tree = {**DEFAULTS, **resolve(config, where=where)}
     kind = check_slots(tree, unused=unused_keys(config, SLOTS))
@@ -101,10 +100,10 @@ def apply_to_slots(
     changed = apply_overrides(every_slot, overrides)
     for key, value in (values or {}).items():
         OmegaConf.update(changed, key, value)
-    return without_empty_slots(changed)
+    return _without_empty_slots(changed)
 
 
-def without_empty_slots(config: DictConfig) -> DictConfig:
+def _without_empty_slots(config: DictConfig) -> DictConfig:
     """Return the configuration without slots that are null: they say nothing."""
     from omegaconf import OmegaConf
 

@@ -84,8 +84,8 @@ def _experiment(plan: Plan, source: str | None, overrides: Sequence[str], change
         resolved=stored.resolved,
         record=ExperimentRecord(
             source=None if source is None else redact_text(source, secrets),
-            config_digest=document_digest(stored.config),
-            resolved_digest=document_digest(stored.resolved),
+            config_digest=document_digest(stored.config.encode()),
+            resolved_digest=document_digest(stored.resolved.encode()),
             overrides=redact_argv(overrides, os.environ).argv,
             changes=tuple(map(str, changes)),
             redacted=stored.redacted,

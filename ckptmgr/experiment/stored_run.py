@@ -25,17 +25,11 @@ class StoredExperiment:
     """A configuration as a run holds it.
 
     Attributes:
-        attempt: The start that was built from it.
-        text: As it is stored.
         config: Parsed, unresolved.
-        record: What the start says about it.
         project_root: The project that the user was in then.
     """
 
-    attempt: int
-    text: str
     config: DictConfig
-    record: ExperimentRecord
     project_root: str
 
 
@@ -53,8 +47,9 @@ def read_experiment(catalog: Catalog, *, attempt: int | None = None) -> StoredEx
     """
     for number in _candidates(catalog, attempt):
         start = _start(catalog, number)
-        if start is not None:
-            return None if start.experiment is None else _read(catalog, number, start)
+        if start is None:
+            continue
+        return None if start.experiment is None else _read(catalog, number, start.experiment, start.project_root)
     return None
 
 
@@ -80,19 +75,16 @@ def _start(catalog: Catalog, attempt: int) -> StartRecord | None:
         return None
 
 
-def _read(catalog: Catalog, attempt: int, start: StartRecord) -> StoredExperiment:
-    record = start.experiment
-    assert record is not None
+def _read(catalog: Catalog, attempt: int, record: ExperimentRecord, project_root: str) -> StoredExperiment:
     key = attempt_key(attempt, "config")
     try:
         data = catalog.storage.read(key)
-        text = data.decode()
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        raise _damaged(catalog, key, "it is missing" if isinstance(error, FileNotFoundError) else str(error)) from error
-    if document_digest(text) != record.config_digest:
+    except FileNotFoundError as error:
+        raise _damaged(catalog, key, "it is missing") from error
+    if document_digest(data) != record.config_digest:
         raise _damaged(catalog, key, "its text does not match its digest")
     try:
-        return StoredExperiment(attempt, text, parse_config(text, where=key), record, start.project_root)
+        return StoredExperiment(parse_config(data, where=key), project_root)
     except CkptmgrError as error:
         raise _damaged(catalog, key, error.why or error.what) from error
 

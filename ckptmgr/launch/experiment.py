@@ -70,6 +70,6 @@ def current_experiment() -> Experiment | None:
     return _current[-1] if _current else None
 
 
-def document_digest(text: str) -> str:
+def document_digest(document: bytes) -> str:
     """Return the digest of a stored document, as hex."""
-    return combined_digest(block_digests(text.encode()))
+    return combined_digest(block_digests(document))

@@ -41,7 +41,8 @@ def source(tmp_path: Path) -> LocalStorage:
     storage = LocalStorage(tmp_path / "source")
     create_run(storage)
     attempt = start(storage)
-    experiment = ExperimentRecord(config_digest=document_digest(CONFIG), resolved_digest=document_digest(RESOLVED))
+    digests = [document_digest(text.encode()) for text in (CONFIG, RESOLVED)]
+    experiment = ExperimentRecord(config_digest=digests[0], resolved_digest=digests[1])
     storage.write(attempt_key(attempt, "config"), [CONFIG.encode()])
     storage.write(attempt_key(attempt, "resolved"), [RESOLVED.encode()])
     storage.write(attempt_key(attempt, "loggers"), [b"{}"])
