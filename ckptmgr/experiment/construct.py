@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ckptmgr.experiment.plan import Plan
 from ckptmgr.instantiate.build import build, check_build, load_target
 from ckptmgr.instantiate.targets import Target
 
-__all__ = ["Construction", "Part", "by_name", "class_of"]
+__all__ = ["Construction", "Part", "by_name", "class_of", "optimizer_parts"]
 
 Node = Mapping[str, Any]
 
@@ -104,6 +106,15 @@ class Construction:
 def _to_call(node: Node, part: Part, *, is_partial: bool) -> Node:
     # Hydra's configurations leave an optimizer to whoever has the parameters: here they are at hand.
     return {**node, "_partial_": is_partial} if part.is_partial or part.n_args else node
+
+
+def optimizer_parts(optimizer: Node | None, scheduler: Node | None) -> list[Part]:
+    """Return how optimizer and scheduler are built, whoever trains: with the parameters, and with the optimizer."""
+    optim = torch.optim
+    return [
+        Part("optimizer", optim.Optimizer, "a torch.optim.Optimizer", optimizer, n_args=1),
+        Part("scheduler", optim.lr_scheduler.LRScheduler, "an LRScheduler of torch.optim", scheduler, n_args=1),
+    ]
 
 
 def by_name(nodes: Mapping[str, Node] | Sequence[Node] | None) -> Mapping[str, Node] | None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ckptmgr.checkpointer import Checkpointer
-from ckptmgr.experiment.construct import Construction, Part
+from ckptmgr.experiment.construct import Construction, Part, optimizer_parts
 from ckptmgr.experiment.forking import fork_if_it_fits
 from ckptmgr.experiment.plan import Plan
 from ckptmgr.experiment.slots import slot_error
@@ -79,14 +79,7 @@ def _parts(plan: Plan) -> list[Part]:
         Part("model", torch.nn.Module, "a torch.nn.Module", tree["model"]),
         Part("data", None, "", tree["data"]),
         Part("loaders", None, "", tree["loaders"], is_several=True),
-        Part("optimizer", torch.optim.Optimizer, "a torch.optim.Optimizer", tree["optimizer"], n_args=1),
-        Part(
-            "scheduler",
-            torch.optim.lr_scheduler.LRScheduler,
-            "an LRScheduler of torch.optim",
-            tree["scheduler"],
-            n_args=1,
-        ),
+        *optimizer_parts(tree["optimizer"], tree["scheduler"]),
         Part("state", None, "", tree["state"], is_several=True),
         Part(
             "checkpoint",

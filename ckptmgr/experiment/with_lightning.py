@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ckptmgr.experiment.construct import Construction, Part, by_name, class_of
+from ckptmgr.experiment.construct import Construction, Part, by_name, class_of, optimizer_parts
 from ckptmgr.experiment.forking import fork_if_it_fits
 from ckptmgr.experiment.links import refuse_links_out
 from ckptmgr.experiment.plan import Plan
@@ -104,8 +104,7 @@ def _parts(plan: Plan, module: Any, *, root: str) -> list[Part]:
         Part("model", module.LightningModule, f"a {name}.LightningModule", tree["model"]),
         Part("data", module.LightningDataModule, f"a {name}.LightningDataModule", tree["data"]),
         Part("loaders", None, "", tree["loaders"], is_several=True),
-        Part("optimizer", torch.optim.Optimizer, "a torch.optim.Optimizer", tree["optimizer"], n_args=1),
-        Part("scheduler", torch.optim.lr_scheduler.LRScheduler, "an LRScheduler of torch.optim", scheduler, n_args=1),
+        *optimizer_parts(tree["optimizer"], scheduler),
         Part(
             "checkpoint",
             CheckpointManager,
