@@ -34,7 +34,7 @@ from ckptmgr.progress import progress
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.clock import utc_now
 from ckptmgr.run.copy import copy_files
-from ckptmgr.run.lineage import claim_attempt, record_end, record_line, refuse_if_fenced
+from ckptmgr.run.lineage import claim_attempt, read_attempt_record, record_end, record_line, refuse_if_fenced
 from ckptmgr.run.prune import collect_temporary, collect_torn
 from ckptmgr.run.reference import Reference, parse_reference
 from ckptmgr.storage.local import LocalStorage
@@ -243,10 +243,9 @@ class _Fork:
         parent = self._manifest.attempt
         start = None
         if "start" in records:
-            key = attempt_key(parent, "start")
             # Without it the fork cannot be started again by itself; its state is whole nevertheless.
             with suppress(CorruptCheckpointError):
-                start = decode_record(self._source.storage.read(key), StartRecord, where=key)
+                start = read_attempt_record(self._source.storage, parent, "start", StartRecord)
         for name in _DOCUMENTS:
             if name in records:
                 data = self._source.storage.read(attempt_key(parent, name))
@@ -327,9 +326,8 @@ def _is_started(found: Catalog) -> bool:
     """Return whether a process has started to train in a run: then it is more than a fork that was cut off."""
     for attempt, records in found.attempts.items():
         if "start" in records:
-            key = attempt_key(attempt, "start")
             try:
-                if decode_record(found.storage.read(key), StartRecord, where=key).fork_of is None:
+                if read_attempt_record(found.storage, attempt, "start", StartRecord).fork_of is None:
                     return True
             except (CkptmgrError, FileNotFoundError):
                 return True

@@ -8,11 +8,11 @@ from typing import TypeVar
 import msgspec
 
 from ckptmgr.errors import CkptmgrError
-from ckptmgr.format.layout import CheckpointId, attempt_key
+from ckptmgr.format.layout import CheckpointId
 from ckptmgr.format.manifest import AttemptClaim, AttemptEnd, AttemptLine, Manifest, MetricValue, metric_to_value
-from ckptmgr.format.record import decode_record
 from ckptmgr.launch.start_record import StartRecord
 from ckptmgr.run.catalog import Catalog
+from ckptmgr.run.lineage import read_attempt_record
 
 __all__ = ["AttemptSummary", "CheckpointSummary", "Listing", "explain", "list_run", "read_attempts"]
 
@@ -137,11 +137,10 @@ def _attempt(catalog: Catalog, number: int) -> AttemptSummary:
     problems: list[CkptmgrError] = []
 
     def read(name: str, kind: type[T]) -> T | None:
-        key = attempt_key(number, name)
         if name not in catalog.attempts[number]:
             return None
         try:
-            return decode_record(catalog.storage.read(key), kind, where=key)
+            return read_attempt_record(catalog.storage, number, name, kind)
         except FileNotFoundError:
             return None
         except CkptmgrError as error:

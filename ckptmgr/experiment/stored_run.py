@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from ckptmgr.config.yaml_source import parse_config
 from ckptmgr.errors import CkptmgrError, CorruptCheckpointError
 from ckptmgr.format.layout import attempt_key
-from ckptmgr.format.record import decode_record
 from ckptmgr.launch.experiment import ExperimentRecord, document_digest
 from ckptmgr.launch.start_record import StartRecord
 from ckptmgr.run.catalog import Catalog
+from ckptmgr.run.lineage import read_attempt_record
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -64,14 +64,13 @@ def _candidates(catalog: Catalog, attempt: int | None) -> Iterator[int]:
 
 
 def _start(catalog: Catalog, attempt: int) -> StartRecord | None:
-    key = attempt_key(attempt, "start")
     try:
-        return decode_record(catalog.storage.read(key), StartRecord, where=key)
+        return read_attempt_record(catalog.storage, attempt, "start", StartRecord)
     except FileNotFoundError:
         return None
     except CorruptCheckpointError as error:
         if "config" in catalog.attempts[attempt]:
-            raise _damaged(catalog, key, error.why or error.what) from error
+            raise _damaged(catalog, attempt_key(attempt, "start"), error.why or error.what) from error
         return None
 
 

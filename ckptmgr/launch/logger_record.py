@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 
 from ckptmgr.format.layout import attempt_key
-from ckptmgr.format.record import FORMAT_VERSION, decode_record, encode_record
+from ckptmgr.format.record import FORMAT_VERSION, encode_record
+from ckptmgr.run.lineage import read_attempt_record
 from ckptmgr.storage.protocol import Storage
 
 __all__ = ["LoggerRecord", "LoggersRecord", "read_loggers", "write_loggers"]
@@ -56,9 +57,7 @@ def read_loggers(storage: Storage, attempt: int) -> tuple[LoggerRecord, ...]:
     Raises:
         CorruptCheckpointError, FormatVersionError: The record cannot be read.
     """
-    key = attempt_key(attempt, "loggers")
     try:
-        data = storage.read(key)
+        return read_attempt_record(storage, attempt, "loggers", LoggersRecord).loggers
     except FileNotFoundError:
         return ()
-    return decode_record(data, LoggersRecord, where=key).loggers

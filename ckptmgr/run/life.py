@@ -11,15 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, TypeAlias, TypeVar
-
-import msgspec
+from typing import Literal, TypeAlias
 
 from ckptmgr.errors import CorruptCheckpointError, FormatVersionError, RunInUseError
-from ckptmgr.format.layout import attempt_key
 from ckptmgr.format.manifest import AttemptClaim, AttemptEnd
-from ckptmgr.format.record import decode_record
 from ckptmgr.run.catalog import Catalog
+from ckptmgr.run.lineage import read_attempt_record
 
 __all__ = ["Host", "Life", "State", "life_of", "refuse_if_in_use", "this_host"]
 
@@ -28,8 +25,6 @@ State: TypeAlias = Literal["running", "finished", "failed", "preempted", "crashe
 # A claim is written seconds after its process has started; clocks are corrected by less than that.
 _TOLERANCE_S = 5.0
 _NAMELESS = ("", "localhost", "localhost.localdomain")
-
-_T = TypeVar("_T", bound=msgspec.Struct)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +89,12 @@ def life_of(catalog: Catalog, host: Host | None = None) -> Life:
             if "end" in records:
                 if not trained:
                     continue
-                end = _read(catalog, attempt, "end", AttemptEnd)
+                end = read_attempt_record(catalog.storage, attempt, "end", AttemptEnd)
                 # The first line says what happened. An exception without a message leaves its colon.
                 return Life(end.outcome, attempt, (end.error or "").partition("\n")[0].rstrip(": "), end.step)
             if "claim" not in records:
                 return Life("unknown", attempt, "its claim is lost")
-            claim = _read(catalog, attempt, "claim", AttemptClaim)
+            claim = read_attempt_record(catalog.storage, attempt, "claim", AttemptClaim)
         except (CorruptCheckpointError, FormatVersionError, FileNotFoundError) as error:
             return Life("unknown", attempt, str(error).partition("\n")[0])
         who = f"process {claim.pid} on {claim.host}"
@@ -129,7 +124,7 @@ def refuse_if_in_use(catalog: Catalog, host: Host | None = None, *, force: bool 
         return
     where = catalog.storage.url
     try:
-        claim = _read(catalog, newest, "claim", AttemptClaim)
+        claim = read_attempt_record(catalog.storage, newest, "claim", AttemptClaim)
     except (CorruptCheckpointError, FileNotFoundError) as error:
         if force:
             return
@@ -152,11 +147,6 @@ def refuse_if_in_use(catalog: Catalog, host: Host | None = None, *, force: bool 
             why=f"{who}, has recorded no end and cannot be seen from here",
             next="if it does not train any more: --force. It would lose the run to this command otherwise",
         )
-
-
-def _read(catalog: Catalog, attempt: int, name: str, kind: type[_T]) -> _T:
-    key = attempt_key(attempt, name)
-    return decode_record(catalog.storage.read(key), kind, where=key)
 
 
 def _started_at(pid: int) -> float | None:

@@ -13,6 +13,9 @@ import secrets
 import socket
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
 
 from ckptmgr.errors import CorruptCheckpointError, Fenced
 from ckptmgr.format.layout import CheckpointId, attempt_key
@@ -21,7 +24,18 @@ from ckptmgr.format.record import FORMAT_VERSION, decode_record, encode_record
 from ckptmgr.run.clock import utc_now
 from ckptmgr.storage.protocol import Storage
 
-__all__ = ["Line", "claim_attempt", "read_line", "record_end", "record_line", "refuse_if_fenced", "trace_line"]
+__all__ = [
+    "Line",
+    "claim_attempt",
+    "read_attempt_record",
+    "read_line",
+    "record_end",
+    "record_line",
+    "refuse_if_fenced",
+    "trace_line",
+]
+
+T = TypeVar("T", bound=msgspec.Struct)
 
 
 def claim_attempt(storage: Storage, taken: Collection[int], *, is_patient: bool = True) -> AttemptClaim:
@@ -97,10 +111,20 @@ def record_end(storage: Storage, attempt: int, outcome: Outcome, *, step: int | 
     storage.write(attempt_key(attempt, "end"), [encode_record(end)], exclusive=True)
 
 
+def read_attempt_record(storage: Storage, attempt: int, name: str, kind: type[T]) -> T:
+    """Read one of an attempt's records.
+
+    Raises:
+        FileNotFoundError: The attempt has none of that name.
+        CorruptCheckpointError, FormatVersionError: It cannot be read.
+    """
+    key = attempt_key(attempt, name)
+    return decode_record(storage.read(key), kind, where=key)
+
+
 def read_line(storage: Storage, attempt: int) -> AttemptLine:
     """Read what an attempt continues."""
-    key = attempt_key(attempt, "line")
-    return decode_record(storage.read(key), AttemptLine, where=key)
+    return read_attempt_record(storage, attempt, "line", AttemptLine)
 
 
 @dataclass(frozen=True, slots=True)
