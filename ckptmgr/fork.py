@@ -178,7 +178,6 @@ class _Fork:
         run_id = self._create_marker()
         copied = msgspec.structs.replace(
             self._manifest,
-            version=FORMAT_VERSION,
             run_id=run_id,
             checkpoint=str(checkpoint),
             attempt=attempt,

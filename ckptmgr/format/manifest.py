@@ -6,6 +6,7 @@ cannot say.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -15,7 +16,7 @@ from ckptmgr.format.digest import ALGORITHM, DIGEST_NBYTES, combined_digest, nbl
 from ckptmgr.format.encoding import ITEM_NBITS, numel, payload_nbytes
 from ckptmgr.format.layout import CheckpointId, check_key
 from ckptmgr.format.payload import Scope
-from ckptmgr.format.record import FORMAT_VERSION, MAX_MANIFEST_NBYTES, decode_excerpt, decode_record
+from ckptmgr.format.record import MAX_MANIFEST_NBYTES, NEWEST_VERSION, RANKS_VERSION, decode_excerpt, decode_record
 
 __all__ = [
     "MAX_TENSORS",
@@ -34,6 +35,7 @@ __all__ = [
     "TensorRecord",
     "Topology",
     "check_manifest",
+    "check_shards",
     "decode_manifest",
     "decode_manifest_excerpt",
     "metric_from_value",
@@ -147,11 +149,16 @@ class TensorRecord(_Record, frozen=True):
 
 
 class EntryRecord(_Record, frozen=True):
-    """One entry of the state, and the handler that captured it."""
+    """One entry of the state, and the handler that captured it.
+
+    Attributes:
+        scope: ``replicated``: rank 0's document holds it for all. ``per-rank``: each rank's document holds its own.
+    """
 
     name: str
     handler: str
     handler_version: int
+    scope: Literal["replicated", "per-rank"] = "replicated"
 
 
 class Topology(_Record, frozen=True):
@@ -281,7 +288,7 @@ def check_manifest(manifest: Manifest) -> None:
     Raises:
         ValueError: They do not; the message says which.
     """
-    if manifest.version > FORMAT_VERSION or manifest.digest_algorithm != ALGORITHM:
+    if manifest.version > NEWEST_VERSION or manifest.digest_algorithm != ALGORITHM:
         raise ValueError(f"version {manifest.version} with {manifest.digest_algorithm} is not readable here")
     if (manifest.id.step, manifest.id.attempt) != (manifest.step, manifest.attempt):
         raise ValueError("its id is not that of its step and attempt")
@@ -297,6 +304,8 @@ def check_manifest(manifest: Manifest) -> None:
         _check_blocks(file.path, 1, file.digest)
     if any(not 0 <= index < len(manifest.files) for index in manifest.states):
         raise ValueError("a state document is not among the files")
+    if manifest.version >= RANKS_VERSION and len(manifest.states) != manifest.topology.world_size:
+        raise ValueError(f"{len(manifest.states)} state documents are not those of {manifest.topology.world_size} ranks")
     names = {entry.name for entry in manifest.entries}
     if len(names) != len(manifest.entries):
         raise ValueError("an entry is listed twice")
@@ -307,6 +316,36 @@ def check_manifest(manifest: Manifest) -> None:
         if key in seen or tensor.entry not in names:
             raise ValueError(f"{tensor.entry}/{tensor.name} is listed twice, or its entry is not listed")
         seen.add(key)
+    check_shards(manifest.tensors)
+
+
+def check_shards(tensors: Iterable[TensorRecord]) -> None:
+    """Check that the shards of each tensor make the whole: none is missing, none stands twice.
+
+    Raises:
+        ValueError: They do not.
+    """
+    whole: dict[tuple[str, str], tuple[tuple[int, ...], str]] = {}
+    found: dict[tuple[str, str], int] = {}
+    seen: set[tuple[str, str, tuple[int, ...]]] = set()
+    for tensor in tensors:
+        if tensor.scope != "sharded":
+            continue
+        key, where = (tensor.entry, tensor.name), f"{tensor.entry}/{tensor.name}"
+        shape, offset = tensor.global_shape or (), tensor.global_offset or ()
+        if tensor.rank is None or not len(shape) == len(offset) == len(tensor.shape):
+            raise ValueError(f"{where}: a shard without a rank, or without its place in the whole")
+        if any(not 0 <= o <= o + n <= size for o, n, size in zip(offset, tensor.shape, shape, strict=True)):
+            raise ValueError(f"{where}: the shard of rank {tensor.rank} lies outside of the whole, {shape}")
+        if whole.setdefault(key, (shape, tensor.dtype)) != (shape, tensor.dtype):
+            raise ValueError(f"{where}: its shards are of different tensors")
+        if (*key, offset) in seen:
+            raise ValueError(f"{where}: two shards begin at {offset}")
+        seen.add((*key, offset))
+        found[key] = found.get(key, 0) + numel(tensor.shape)
+    for key, (shape, _) in whole.items():
+        if found[key] != numel(shape):
+            raise ValueError(f"{'/'.join(key)}: its shards hold {found[key]} of {numel(shape)} elements")
 
 
 def _check_tensor(tensor: TensorRecord, files: tuple[FileRecord, ...]) -> None:

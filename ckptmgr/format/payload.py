@@ -26,6 +26,8 @@ class TensorPayload:
         order: Dimensions from the outermost in memory to the innermost, where the live tensor was not row-major.
         scope: Whether the tensor is the same on every rank, a part of a larger one, or a rank's own.
         rank: The rank that it belongs to, where the scope is not ``replicated``.
+        global_shape: Shape of the whole, of which this is a shard.
+        global_offset: Where the shard begins in the whole.
         aliases: Other names in the same entry that are this very tensor.
     """
 
@@ -40,6 +42,8 @@ class TensorPayload:
     order: tuple[int, ...] | None = None
     scope: Scope = "replicated"
     rank: int | None = None
+    global_shape: tuple[int, ...] | None = None
+    global_offset: tuple[int, ...] | None = None
     aliases: tuple[str, ...] = ()
 
 

@@ -22,6 +22,8 @@ __all__ = [
     "FORMAT_VERSION",
     "MAX_MANIFEST_NBYTES",
     "MAX_RECORD_NBYTES",
+    "NEWEST_VERSION",
+    "RANKS_VERSION",
     "decode_excerpt",
     "decode_record",
     "encode_record",
@@ -29,6 +31,12 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+"""Of every record but the manifest of a checkpoint that several ranks wrote."""
+
+RANKS_VERSION = 2
+"""Of a manifest with parts of several ranks: a reader of version 1 would take one rank's part for the whole."""
+
+NEWEST_VERSION = 2
 MAX_RECORD_NBYTES = 1024 * 1024
 MAX_MANIFEST_NBYTES = 64 * 1024 * 1024
 
@@ -93,10 +101,10 @@ class _Version(msgspec.Struct, frozen=True):
 
 
 def _refuse_newer(version: object, where: str) -> None:
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if isinstance(version, int) and version > NEWEST_VERSION:
         raise FormatVersionError(
             f"{where} is of format version {version}",
-            why=f"this ckptmgr reads versions up to {FORMAT_VERSION}",
+            why=f"this ckptmgr reads versions up to {NEWEST_VERSION}",
             next="upgrade: pip install --upgrade ckptmgr",
         )
 

@@ -8,9 +8,11 @@ none.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
 from xxhash import xxh3_128_digest
 
 from ckptmgr.errors import CorruptCheckpointError, SaveFailedError, StorageError
@@ -28,12 +30,12 @@ from ckptmgr.format.manifest import (
     metric_to_value,
 )
 from ckptmgr.format.payload import FilePayload
-from ckptmgr.format.record import FORMAT_VERSION, encode_record
+from ckptmgr.format.record import FORMAT_VERSION, RANKS_VERSION, encode_record
 from ckptmgr.run.clock import utc_now
 from ckptmgr.run.lineage import refuse_if_fenced
 from ckptmgr.storage.protocol import Buffer, Storage
 
-__all__ = ["CheckpointFields", "commit_checkpoint"]
+__all__ = ["CheckpointFields", "Sealed", "commit_checkpoint", "commit_sealed", "told_if_fenced", "write_files"]
 
 _JOIN_NBYTES = 1024 * 1024
 
@@ -55,15 +57,54 @@ class CheckpointFields:
     topology: Topology = field(default_factory=Topology)
 
 
-def commit_checkpoint(
-    storage: Storage, checkpoint: CheckpointId, files: Sequence[FilePayload], fields: CheckpointFields
-) -> Manifest:
-    """Write a checkpoint's files and make it exist.
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """What one rank has written of a checkpoint, all of it durable.
+
+    Attributes:
+        files: In the order in which they were written.
+        tensors: Their ``file`` is an index into ``files``.
+        state: Index of the state document in ``files``.
+    """
+
+    files: tuple[FileRecord, ...]
+    tensors: tuple[TensorRecord, ...]
+    state: int
+
+
+def write_files(storage: Storage, checkpoint: CheckpointId, files: Sequence[FilePayload]) -> Sealed:
+    """Write one rank's part of a checkpoint. Nothing refers to it yet.
 
     Args:
         storage: The run's root.
-        checkpoint: An id that was never used before, of an attempt that this process has claimed.
-        files: Its payload. The buffers must not change until this returns.
+        checkpoint: An id that was never used before, of an attempt that this job has claimed.
+        files: The payload, one of them a state document. The buffers must not change until this returns.
+
+    Raises:
+        StorageError: The storage failed.
+    """
+    records: list[FileRecord] = []
+    tensors: list[TensorRecord] = []
+    state = 0
+    for file in files:
+        if file.content is not None:
+            if file.name.startswith("state"):
+                state = len(records)
+            records.append(_write_document(storage, checkpoint, file.name, file.content))
+        else:
+            records.append(_write_tensors(storage, checkpoint, file, len(records), tensors))
+    return Sealed(tuple(records), tuple(tensors), state)
+
+
+def commit_sealed(
+    storage: Storage, checkpoint: CheckpointId, parts: Sequence[Sealed], fields: CheckpointFields
+) -> Manifest:
+    """Make a checkpoint exist, all files of which are written.
+
+    Args:
+        storage: The run's root.
+        checkpoint: Its id.
+        parts: What the ranks have written, by rank.
         fields: The rest of its manifest.
 
     Returns:
@@ -74,54 +115,74 @@ def commit_checkpoint(
         SaveFailedError: The manifest would be too large, or a field of it is of a wrong type.
         StorageError: The storage failed. The checkpoints before it are untouched.
     """
-    refuse_if_fenced(storage, checkpoint.attempt)
+    records: list[FileRecord] = []
+    tensors: list[TensorRecord] = []
+    states: list[int] = []
+    for part in parts:
+        first = len(records)
+        records += part.files
+        tensors += [msgspec.structs.replace(tensor, file=first + tensor.file) for tensor in part.tensors]
+        states.append(first + part.state)
+    manifest = Manifest(
+        version=FORMAT_VERSION if len(parts) == 1 else RANKS_VERSION,
+        run_id=fields.run_id,
+        checkpoint=str(checkpoint),
+        attempt=checkpoint.attempt,
+        step=checkpoint.step,
+        epoch=fields.epoch,
+        reason=fields.reason,
+        created_at=utc_now(),
+        files=tuple(records),
+        tensors=tuple(tensors),
+        entries=fields.entries,
+        states=tuple(states),
+        topology=fields.topology,
+        metrics={name: metric_to_value(value) for name, value in fields.metrics.items()},
+        monitor=fields.monitor,
+        mode=fields.mode,
+        tags=fields.tags,
+        continues=fields.continues,
+        environment=fields.environment,
+    )
+    key = manifest_key(checkpoint)
+    record = encode_record(manifest)
+    # What no reader would accept must not be acknowledged: too large, contradictory, or of a wrong type.
     try:
-        records: list[FileRecord] = []
-        tensors: list[TensorRecord] = []
-        states: list[int] = []
-        for file in files:
-            if file.content is not None:
-                if file.name.startswith("state"):
-                    states.append(len(records))
-                records.append(_write_document(storage, checkpoint, file.name, file.content))
-            else:
-                records.append(_write_tensors(storage, checkpoint, file, len(records), tensors))
-        manifest = Manifest(
-            version=FORMAT_VERSION,
-            run_id=fields.run_id,
-            checkpoint=str(checkpoint),
-            attempt=checkpoint.attempt,
-            step=checkpoint.step,
-            epoch=fields.epoch,
-            reason=fields.reason,
-            created_at=utc_now(),
-            files=tuple(records),
-            tensors=tuple(tensors),
-            entries=fields.entries,
-            states=tuple(states),
-            topology=fields.topology,
-            metrics={name: metric_to_value(value) for name, value in fields.metrics.items()},
-            monitor=fields.monitor,
-            mode=fields.mode,
-            tags=fields.tags,
-            continues=fields.continues,
-            environment=fields.environment,
-        )
-        key = manifest_key(checkpoint)
-        record = encode_record(manifest)
-        # What no reader would accept must not be acknowledged: too large, contradictory, or of a wrong type.
-        try:
-            decode_manifest(record, where=key, checkpoint=checkpoint)
-        except CorruptCheckpointError as error:
-            raise SaveFailedError(f"{key} would not be readable", why=error.why) from error
-        refuse_if_fenced(storage, checkpoint.attempt)
+        decode_manifest(record, where=key, checkpoint=checkpoint)
+    except CorruptCheckpointError as error:
+        raise SaveFailedError(f"{key} would not be readable", why=error.why) from error
+    with told_if_fenced(storage, checkpoint.attempt):
         storage.write(key, [record], exclusive=True)
-    except StorageError:
-        # A newer attempt may have collected our unfinished files: then its existence is the cause worth telling.
-        refuse_if_fenced(storage, checkpoint.attempt)
-        raise
     refuse_if_fenced(storage, checkpoint.attempt)
     return manifest
+
+
+@contextmanager
+def told_if_fenced(storage: Storage, attempt: int) -> Iterator[None]:
+    """Run a part of a save after a look for a newer attempt, and look again if the storage fails.
+
+    Raises:
+        Fenced: There is one. It may have collected our unfinished files: then its existence is the cause worth telling.
+    """
+    refuse_if_fenced(storage, attempt)
+    try:
+        yield
+    except StorageError:
+        refuse_if_fenced(storage, attempt)
+        raise
+
+
+def commit_checkpoint(
+    storage: Storage, checkpoint: CheckpointId, files: Sequence[FilePayload], fields: CheckpointFields
+) -> Manifest:
+    """Write a checkpoint of one rank and make it exist: `write_files` and `commit_sealed` in one.
+
+    Raises:
+        Fenced, SaveFailedError, StorageError: As these.
+    """
+    with told_if_fenced(storage, checkpoint.attempt):
+        sealed = write_files(storage, checkpoint, files)
+    return commit_sealed(storage, checkpoint, [sealed], fields)
 
 
 def _write_document(storage: Storage, checkpoint: CheckpointId, name: str, content: bytes) -> FileRecord:
@@ -157,6 +218,8 @@ def _write_tensors(
                 order=tensor.order,
                 scope=tensor.scope,
                 rank=tensor.rank,
+                global_shape=tensor.global_shape,
+                global_offset=tensor.global_offset,
                 aliases=tensor.aliases,
             )
         )

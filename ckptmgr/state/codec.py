@@ -54,7 +54,8 @@ class EntryEncoder:
 
     Attributes:
         tree: The encoded tree.
-        tensors: What the tree refers to, each tensor once.
+        tensors: What the tree refers to, each tensor once; of sharded ones this rank's part.
+        sharded: The live DTensors among them.
 
     Raises:
         UnsupportedStateError: A value that cannot be stored. Names its path and type.
@@ -62,6 +63,7 @@ class EntryEncoder:
 
     def __init__(self, entry: CapturedEntry) -> None:
         self.tensors: list[StoredTensor] = []
+        self.sharded: list[Any] = []
         # Safetensors keeps this name for itself.
         self._taken = {"__metadata__"}
         self._by_identity: dict[object, StoredTensor] = {}
@@ -86,17 +88,23 @@ class EntryEncoder:
 
     def _tensor(self, tensor: torch.Tensor, path: Path) -> dict[str, Any]:
         where = format_path(path)
+        shard = shard_of(tensor, where) if is_sharded(tensor) else None
+        if shard is not None:
+            self.sharded.append(tensor)
+            identity, tensor = memory_identity(tensor), shard.local
         refuse_unstorable(tensor, where)
         if tensor.layout != torch.strided:
             return {"$sparse": self._sparse(tensor, path)}
         # The same memory seen in the same way is the same tensor, whether tied by identity or by a view.
-        identity = memory_identity(tensor)
+        identity = memory_identity(tensor) if shard is None else identity
         known = None if identity is None else self._by_identity.get(identity)
         name = self._name(path)
         if known is not None:
             known.aliases.append(name)
         else:
             stored = store_tensor(tensor, name, where)
+            if shard is not None:
+                stored = _as_shard(stored, shard, where)
             self.tensors.append(stored)
             if identity is not None:
                 self._by_identity[identity] = stored

@@ -18,6 +18,7 @@ import torch
 from ckptmgr.errors import CorruptCheckpointError, UnsupportedStateError
 from ckptmgr.format.encoding import payload_nbytes
 from ckptmgr.format.manifest import TensorRecord
+from ckptmgr.state.sharding import is_sharded
 
 __all__ = [
     "DTYPES",
@@ -74,6 +75,8 @@ class StoredTensor:
     Attributes:
         source: View of the live memory with the stored dtype and shape.
         aliases: Further names of the same tensor, found while walking the tree.
+        global_shape: Shape of the whole, where this is one rank's shard of it.
+        global_offset: Where the shard begins in the whole.
     """
 
     name: str
@@ -84,6 +87,8 @@ class StoredTensor:
     logical_shape: tuple[int, ...] | None = None
     order: tuple[int, ...] | None = None
     aliases: list[str] = field(default_factory=list)
+    global_shape: tuple[int, ...] | None = None
+    global_offset: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -179,6 +184,8 @@ def dimension_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, .
 
 def memory_identity(tensor: torch.Tensor) -> tuple[object, ...] | None:
     """Return what two tensors share if they are the same memory seen in the same way; None for no memory at all."""
+    if is_sharded(tensor):
+        tensor = tensor.to_local()
     if tensor.layout != torch.strided or tensor.numel() == 0 or tensor.device.type == "meta":
         return None
     seen = (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg())

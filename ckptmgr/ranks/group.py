@@ -1,0 +1,333 @@
+"""`Ranks`: the processes of one job, and the three things that they do together.
+
+==============  ====================================================================================================
+``decide``      rank 0 does something, all get what it returned, or its error
+``gather``      all do something, rank 0 gets what each returned; if one fails, all fail, naming it
+``exchange``    all do something, rank 0 makes an answer from what they returned, all get the answer
+==============  ====================================================================================================
+
+All three are `exchange`. With one rank there is nobody to talk to: the work is done and its errors go their way.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from ckptmgr import errors
+from ckptmgr.errors import CkptmgrError, TopologyError
+from ckptmgr.ranks.links import Link, LinkClosed, accept_links, connect, listen, receive_from_all
+
+__all__ = ["DEFAULT_TIMEOUT_S", "Channel", "RankFailure", "Ranks"]
+
+T = TypeVar("T")
+
+DEFAULT_TIMEOUT_S = 1800.0
+"""How long a rank may be waited for, by default. In seconds."""
+
+_CHANNELS = ("loop", "saves")
+# Rank 0 names who is late; so the others wait longer for it than it waits for them.
+_PATIENCE = 3
+
+
+class RankFailure(TopologyError):
+    """Other ranks failed, or are gone. Which, and why.
+
+    Attributes:
+        ranks: Their numbers.
+    """
+
+    ranks: tuple[int, ...] = ()
+
+
+class Channel:
+    """A sequence of operations that all ranks take part in, in the same order.
+
+    Two channels are independent of each other: one for the training loop, one for saves in the background.
+
+    Args:
+        rank: This process.
+        world_size: Number of processes.
+        links: On rank 0 one to each other rank, elsewhere one to rank 0.
+        timeout_s: How long a rank may be waited for.
+    """
+
+    def __init__(self, rank: int, world_size: int, links: Mapping[int, Link], *, timeout_s: float) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._links = dict(links)
+        self._timeout_s = timeout_s
+        self._number = 0
+        self._broken: str | None = None
+
+    def decide(self, what: str, job: Callable[[], T]) -> T:
+        """Run ``job`` on rank 0 only, and return on every rank what it returned: what JSON holds.
+
+        Raises:
+            CkptmgrError: Rank 0's error, on every rank.
+            RankFailure: A rank is gone, late, or doing something else.
+        """
+        return self.exchange(what, lambda: None, lambda _: job())
+
+    def gather(self, what: str, job: Callable[[], T]) -> list[T] | None:
+        """Run ``job`` on every rank; rank 0 gets all results, by rank, the others None.
+
+        Raises:
+            CkptmgrError: It failed on some ranks; raised on all, naming them. Where all failures are of one class of
+                ours, of that class.
+            RankFailure: A rank failed otherwise, or is gone, late, or doing something else.
+        """
+        kept: list[list[T]] = []
+        self.exchange(what, job, lambda results: kept.append(list(results)))
+        return kept[0] if kept else None
+
+    def together(self, what: str, job: Callable[[], T]) -> T:
+        """Run ``job`` on every rank, and return this rank's own result once all have succeeded.
+
+        Raises:
+            CkptmgrError, RankFailure: As `gather`. The results may be of any kind.
+        """
+        kept: list[T] = []
+        self.exchange(what, lambda: kept.append(job()), lambda _: None)
+        return kept[0]
+
+    def exchange(self, what: str, job: Callable[[], Any], answer: Callable[[Sequence[Any]], T]) -> T:
+        """Run ``job`` on every rank, make an ``answer`` from the results on rank 0, and return it on every rank.
+
+        Args:
+            what: The operation, in the same words on every rank.
+            job: Returns what JSON holds.
+            answer: Gets the results by rank; returns what JSON holds.
+
+        Raises:
+            CkptmgrError, RankFailure: As `gather`, and whatever ``answer`` raises, on every rank.
+        """
+        if self.world_size == 1:
+            return answer([job()])
+        if self._broken is not None:
+            raise RankFailure(f"{what} cannot be agreed on", why=self._broken, next=_RESTART)
+        self._number += 1
+        own: BaseException | None = None
+        report: dict[str, Any] = {"number": self._number, "what": what}
+        try:
+            report["result"] = job()
+        except Exception as error:
+            own, report["error"] = error, _described(error)
+        except BaseException as error:
+            # The process is leaving. The others must not wait for it, nor take its absence for a crash.
+            self._broken = "this rank has left"
+            self._leave({**report, "error": _described(error)})
+            raise
+        verdict = self._lead(what, report, answer) if self.rank == 0 else self._follow(what, report)
+        if "error" not in verdict:
+            return verdict["answer"]  # type: ignore[no-any-return]
+        failure = _rebuilt(verdict["error"])
+        raise failure from (own or verdict.get("cause"))
+
+    def close(self) -> None:
+        """End all connections. Whoever waits for this rank is told at once."""
+        self._broken = self._broken or "the ranks have parted already"
+        for link in self._links.values():
+            link.close()
+
+    def _lead(self, what: str, report: dict[str, Any], answer: Callable[[Sequence[Any]], Any]) -> dict[str, Any]:
+        number = self._number
+        reports, lost = receive_from_all(
+            self._links,
+            what=what,
+            timeout_s=self._timeout_s,
+            is_current=lambda message: message["number"] >= number,
+        )
+        reports[0] = report
+        verdict: dict[str, Any]
+        failed = {rank: message["error"] for rank, message in reports.items() if "error" in message}
+        failed |= {rank: _lost(reason) for rank, reason in lost.items()}
+        elsewhere = {r: m["what"] for r, m in reports.items() if (m["number"], m["what"]) != (number, what)}
+        cause: BaseException | None = None
+        if failed:
+            verdict = {"error": _joined(what, failed)}
+            if any("is gone" in reason for reason in lost.values()):
+                self._broken = f"rank {min(lost)} is gone"
+        elif elsewhere:
+            self._broken = "the ranks have lost step with each other"
+            verdict = {"error": _out_of_step(what, elsewhere)}
+        else:
+            try:
+                verdict = {"answer": answer([reports[rank]["result"] for rank in range(self.world_size)])}
+            except Exception as error:
+                verdict, cause = {"error": _described(error)}, error
+            except BaseException:
+                self._broken = "rank 0 has left"
+                self.close()
+                raise
+        for rank, link in self._links.items():
+            try:
+                link.send({"number": number, **verdict}, timeout_s=self._timeout_s)
+            except (LinkClosed, TimeoutError):
+                # It is told of at the next operation, unless this one failed anyway.
+                self._broken = self._broken or f"rank {rank} is gone"
+        return {**verdict, "cause": cause}
+
+    def _follow(self, what: str, report: dict[str, Any]) -> dict[str, Any]:
+        link = self._links[0]
+        try:
+            link.send(report, timeout_s=self._timeout_s)
+            while True:
+                verdict: dict[str, Any] = link.receive(timeout_s=_PATIENCE * self._timeout_s)
+                if verdict["number"] == report["number"]:
+                    return verdict
+        except LinkClosed as error:
+            self._broken = "rank 0 is gone"
+            return {"error": _joined(what, {0: _lost(f"it is gone: {error}")})}
+        except TimeoutError:
+            return {"error": _joined(what, {0: _lost(f"it has not answered for {_PATIENCE * self._timeout_s:g} s")})}
+
+    def _leave(self, report: dict[str, Any]) -> None:
+        for link in self._links.values() if self.rank else ():
+            try:
+                link.send(report, timeout_s=5.0)
+            except (LinkClosed, TimeoutError):
+                return
+
+
+class Ranks:
+    """The processes of one job.
+
+    Args:
+        rank: This process, from 0.
+        world_size: Number of processes.
+        channels: By name: ``loop`` and ``saves``.
+
+    Attributes:
+        loop: For what the training loop does.
+        saves: For saves in the background.
+    """
+
+    def __init__(self, rank: int, world_size: int, channels: Mapping[str, Channel]) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.loop = channels["loop"]
+        self.saves = channels["saves"]
+
+    @classmethod
+    def alone(cls) -> Ranks:
+        """Return the only rank of a job of one process."""
+        return cls(0, 1, {name: Channel(0, 1, {}, timeout_s=DEFAULT_TIMEOUT_S) for name in _CHANNELS})
+
+    @classmethod
+    def meet(
+        cls,
+        rank: int,
+        world_size: int,
+        *,
+        host: str,
+        broadcast: Callable[[dict[str, Any] | None], dict[str, Any]],
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Ranks:
+        """Connect the ranks of a job with each other.
+
+        Args:
+            rank: This process.
+            world_size: Number of processes, at least 2.
+            host: Under which the others reach rank 0.
+            broadcast: Brings rank 0's address to all of them: called with it on rank 0, with None elsewhere.
+            timeout_s: How long a rank may be waited for, now and later.
+
+        Raises:
+            TopologyError: Not all of them came.
+        """
+        if rank == 0:
+            with listen(host) as server:
+                token = secrets.token_hex(16)
+                broadcast({"host": host, "port": server.getsockname()[1], "token": token})
+                wanted = [(other, name) for other in range(1, world_size) for name in _CHANNELS]
+                links = accept_links(server, wanted, token, timeout_s=timeout_s)
+            by_channel = {name: {r: link for (r, n), link in links.items() if n == name} for name in _CHANNELS}
+        else:
+            place = broadcast(None)
+            by_channel = {
+                name: {
+                    0: connect(
+                        place["host"],
+                        int(place["port"]),
+                        rank=rank,
+                        channel=name,
+                        token=place["token"],
+                        timeout_s=timeout_s,
+                    )
+                }
+                for name in _CHANNELS
+            }
+        return cls(rank, world_size, {n: Channel(rank, world_size, by_channel[n], timeout_s=timeout_s) for n in _CHANNELS})
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which decides and commits."""
+        return self.rank == 0
+
+    def close(self) -> None:
+        """Part from the other ranks."""
+        self.loop.close()
+        self.saves.close()
+
+
+_RESTART = "end all ranks and start the job again: it goes on from the newest committed checkpoint"
+
+
+def _described(error: BaseException) -> dict[str, Any]:
+    if isinstance(error, CkptmgrError):
+        kind = type(error).__name__
+        return {"class": kind, "what": error.what, "why": error.why, "next": error.next}
+    text = f"{type(error).__name__}: {error}".rstrip(": ")
+    return {"class": None, "what": text, "why": None, "next": None}
+
+
+def _lost(reason: str) -> dict[str, Any]:
+    return {"class": None, "what": reason, "why": None, "next": None}
+
+
+def _joined(what: str, failed: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    """Make one error of those of several ranks; of their class where all have the same."""
+    kinds = {error["class"] for error in failed.values()}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    first = failed[min(failed)]
+    by_text: dict[str, list[int]] = {}
+    for rank in sorted(failed):
+        error = failed[rank]
+        text = ": ".join(filter(None, (error["what"], error["why"] if kind is None else None)))
+        by_text.setdefault(text, []).append(rank)
+    told = "; ".join(f"{_name(ranks)}: {text}" for text, ranks in by_text.items())
+    if kind is not None:
+        return {"class": kind, "what": told, "why": first["why"], "next": first["next"], "ranks": sorted(failed)}
+    return {
+        "class": "RankFailure",
+        "what": f"{what} failed on {_name(sorted(failed))}",
+        "why": told,
+        "next": first["next"] or _RESTART,
+        "ranks": sorted(failed),
+    }
+
+
+def _out_of_step(what: str, elsewhere: Mapping[int, str]) -> dict[str, Any]:
+    told = "; ".join(f"rank {rank} is at: {other}" for rank, other in sorted(elsewhere.items()))
+    return {
+        "class": "RankFailure",
+        "what": f"the ranks do not do the same: rank 0 is at: {what}",
+        "why": told,
+        "next": "call step(), save(), batches() and close() equally often, with the same step, on every rank; "
+        "give every rank the same number of batches",
+        "ranks": sorted(elsewhere),
+    }
+
+
+def _rebuilt(error: Mapping[str, Any]) -> CkptmgrError:
+    kind = RankFailure if error["class"] in (None, "RankFailure") else getattr(errors, error["class"])
+    rebuilt: CkptmgrError = kind(error["what"], why=error["why"], next=error["next"])
+    if isinstance(rebuilt, RankFailure):
+        rebuilt.ranks = tuple(error.get("ranks", ()))
+    return rebuilt
+
+
+def _name(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
