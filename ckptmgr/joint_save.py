@@ -15,8 +15,10 @@ from ckptmgr.errors import StateMismatchError
 from ckptmgr.format.layout import CheckpointId
 from ckptmgr.format.manifest import FileRecord, Manifest, TensorRecord, Topology
 from ckptmgr.format.payload import FilePayload
+from ckptmgr.policy.retention import CheckpointFacts
 from ckptmgr.ranks.group import Ranks
 from ckptmgr.run.commit import CheckpointFields, Sealed, commit_checkpoint, commit_sealed, told_if_fenced, write_files
+from ckptmgr.run.facts import facts_from_plain, facts_of, facts_to_plain
 from ckptmgr.state.capture import dry_check
 from ckptmgr.state.codec import EntryEncoder
 from ckptmgr.state.divergence import OnDivergence, compared_digests, joined_digest, replica_digests
@@ -56,7 +58,7 @@ class JointSaves:
 
         Raises:
             UnsupportedStateError: A value that cannot be stored.
-            StateMismatchError: The ranks do not hold the same tensors; or, where that is asked for, not the same values.
+            StateMismatchError: The ranks do not hold the same tensors; or, where that is asked for, the same values.
             RankFailure: A rank failed, is gone, or late.
         """
         encoders: list[EntryEncoder] = []
@@ -96,7 +98,7 @@ class JointSaves:
         files: Sequence[FilePayload],
         fields: CheckpointFields,
         encoders: Mapping[str, EntryEncoder],
-    ) -> Manifest | None:
+    ) -> tuple[CheckpointFacts, Manifest | None]:
         """Write this rank's files, and commit once every rank has sealed its own. In the background.
 
         Args:
@@ -108,14 +110,15 @@ class JointSaves:
             encoders: The state's entries by name.
 
         Returns:
-            On rank 0 the manifest, elsewhere None. When this returns, the checkpoint is durable and acknowledged.
+            Its facts, and on rank 0 the manifest. When this returns, the checkpoint is durable and acknowledged.
 
         Raises:
-            Fenced, SaveFailedError, StorageError, RankFailure: On every rank. There is no checkpoint, and the one before
-                is untouched.
+            Fenced, SaveFailedError, StorageError, RankFailure: On every rank. There is no new checkpoint, and the old
+                ones are untouched.
         """
         if self._ranks.world_size == 1:
-            return commit_checkpoint(storage, checkpoint, files, fields)
+            manifest = commit_checkpoint(storage, checkpoint, files, fields)
+            return facts_of(manifest), manifest
         committed: list[Manifest] = []
 
         def write() -> dict[str, Any]:
@@ -132,7 +135,7 @@ class JointSaves:
                 "own": {name: _content(encoders[name].tree, name, sealed) for name in per_rank},
             }
 
-        def commit(reports: Sequence[Mapping[str, Any]]) -> None:
+        def commit(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             parts = [
                 Sealed(
                     msgspec.convert(report["files"], tuple[FileRecord, ...]),
@@ -153,9 +156,10 @@ class JointSaves:
             committed.append(
                 commit_sealed(storage, checkpoint, parts, replace(fields, entries=entries, topology=topology))
             )
+            return facts_to_plain(facts_of(committed[0]))
 
-        self._ranks.saves.exchange(what, write, commit)
-        return committed[0] if committed else None
+        facts = facts_from_plain(self._ranks.saves.exchange(what, write, commit))
+        return facts, committed[0] if committed else None
 
     def _compare(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if len(results) == 1:
@@ -183,7 +187,9 @@ class JointSaves:
             }
             shown = [f"{name} on rank {', '.join(map(str, ranks))}" for name, ranks in list(differing.items())[:_SHOWN]]
             more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-            text = f"{len(differing)} of {len(digests[0])} tensors differ from those of rank 0: {'; '.join(shown)}{more}"
+            text = (
+                f"{len(differing)} of {len(digests[0])} tensors differ from those of rank 0: {'; '.join(shown)}{more}"
+            )
             if differing and self._on_divergence == "raise":
                 raise StateMismatchError(
                     f"the replicas have diverged, at {what}",
@@ -193,7 +199,9 @@ class JointSaves:
                 )
             return text if differing else ""
 
-        text = self._ranks.loop.exchange(f"comparing replicas at {what}", lambda: replica_digests(entries, encoders), told)
+        text = self._ranks.loop.exchange(
+            f"comparing replicas at {what}", lambda: replica_digests(entries, encoders), told
+        )
         if text and self._ranks.leads:
             _log.warning(
                 "the replicas have diverged, at %s: %s; what is saved is each tensor as one rank has it", what, text

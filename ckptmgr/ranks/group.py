@@ -128,8 +128,9 @@ class Channel:
 
     def close(self, error: BaseException | None = None) -> None:
         """End all connections. Whoever waits for this rank is told at once, and why if there was an error."""
-        if error is not None and self._broken is None:
-            self._leave({"number": _LEFT, "what": "leaving", "error": _described(error)})
+        if self._broken is None:
+            reason = {} if error is None else {"error": _described(error)}
+            self._leave({"number": _LEFT, "what": "the end: it has closed the run", **reason})
         self._broken = self._broken or "the ranks have parted already"
         for link in self._links.values():
             link.close()
@@ -156,7 +157,7 @@ class Channel:
                 self._broken = f"rank {min(lost)} is gone"
         elif elsewhere:
             self._broken = "the ranks have lost step with each other"
-            verdict = {"error": _out_of_step(what, elsewhere)}
+            verdict = {"error": _out_of_step("rank 0", what, elsewhere)}
         else:
             try:
                 verdict = {"answer": answer([reports[rank]["result"] for rank in range(self.world_size)])}
@@ -181,7 +182,9 @@ class Channel:
                 verdict: dict[str, Any] = link.receive(timeout_s=_PATIENCE * self._timeout_s)
                 if verdict["number"] == _LEFT:
                     self._broken = "rank 0 has left"
-                    return {"error": _joined(what, {0: verdict["error"]})}
+                    if "error" in verdict:
+                        return {"error": _joined(what, {0: verdict["error"]})}
+                    return {"error": _out_of_step(f"rank {self.rank}", what, {0: verdict["what"]})}
                 if verdict["number"] == report["number"]:
                     return verdict
         except LinkClosed as error:
@@ -318,11 +321,11 @@ def _joined(what: str, failed: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _out_of_step(what: str, elsewhere: Mapping[int, str]) -> dict[str, Any]:
+def _out_of_step(who: str, what: str, elsewhere: Mapping[int, str]) -> dict[str, Any]:
     told = "; ".join(f"rank {rank} is at: {other}" for rank, other in sorted(elsewhere.items()))
     return {
         "class": "RankFailure",
-        "what": f"the ranks do not do the same: rank 0 is at: {what}",
+        "what": f"the ranks do not do the same: {who} is at: {what}",
         "why": told,
         "next": "call step(), save(), batches() and close() equally often, with the same step, on every rank; "
         "give every rank the same number of batches",

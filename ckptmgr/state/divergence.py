@@ -65,7 +65,7 @@ def compared_digests(entries: Iterable[CapturedEntry], encoders: Iterable[EntryE
 
 def joined_digest(digests: dict[str, str]) -> str:
     """Return one digest of many."""
-    return xxh3_128_hexdigest(repr(sorted(digests.items())))
+    return xxh3_128_hexdigest(repr(sorted(digests.items())).encode())
 
 
 def tensor_digest(value: torch.Tensor | np.ndarray[Any, Any]) -> str:

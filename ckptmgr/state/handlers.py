@@ -71,7 +71,7 @@ _BUILT_IN: tuple[StateHandler, ...] = (
 
 
 def scopes_of(handler: StateHandler, value: object) -> tuple[EntryScope, Mapping[str, TensorScope]]:
-    """Return what an entry is to the ranks of a job: the same on all, or each rank's own; and which tensors of it differ.
+    """Return what an entry is to the ranks of a job, the same on all or each rank's own; and which tensors differ.
 
     A handler may have an attribute ``scope`` and a method ``tensor_scopes(value)``. Without them each rank has its own:
     that is never wrong, only larger.

@@ -145,7 +145,7 @@ class ParameterNames:
 
 
 def _put_shards_back(module: nn.Module) -> None:
-    """Let FSDP2 put its sharded parameters back: after a forward without a backward it keeps whole ones in their place."""
+    """Let FSDP2 put its sharded parameters back: after a forward without a backward whole ones stand there."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(fsdp, "FSDPModule", None)
     if kind is not None:

@@ -119,7 +119,7 @@ def restore_rng(tree: Mapping[str, Any]) -> list[str]:
 
 
 def derived_rng(tree: Mapping[str, Any], *, rank: int) -> dict[str, Any]:
-    """Return states for a rank that had none, derived from another rank's: the same whenever and wherever it is asked for.
+    """Return states for a rank that had none, derived from another rank's: the same whenever it is asked for.
 
     Args:
         tree: What `capture_rng` returned on the other rank.

@@ -1,7 +1,7 @@
 """Tensors of which each rank holds a part: where the part lies in the whole, and how a part gets back into place.
 
-Such a tensor is a ``DTensor`` (FSDP2, tensor parallel). In a checkpoint it is the sum of its shards, each with its place
-in the whole, so any other way of sharding, or none, can be restored from it.
+Such a tensor is a ``DTensor`` (FSDP2, tensor parallel). In a checkpoint it is the sum of its shards, each with its
+place in the whole, so any other way of sharding, or none, can be restored from it.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def layout_of(entries: Iterable[CapturedEntry], encoders: Iterable[EntryEncoder]
 
 def layout_digest(layout: Layout) -> str:
     """Return what says that two layouts are the same."""
-    return xxh3_128_hexdigest(repr(layout))
+    return xxh3_128_hexdigest(repr(layout).encode())
 
 
 def refuse_different_layouts(layouts: Sequence[Layout]) -> None:
@@ -105,8 +105,8 @@ def refuse_different_layouts(layouts: Sequence[Layout]) -> None:
             "the ranks do not hold the same state",
             why="\n        ".join(lines[:_SHOWN])
             + (f"\n        and {len(lines) - _SHOWN} more" * (len(lines) > _SHOWN)),
-            next="build the same modules and optimizers on every rank; what differs by design goes into an entry of its "
-            "own (a dict, or an object with state_dict), which is saved for each rank",
+            next="build the same modules and optimizers on every rank; what differs by design goes into an entry of "
+            "its own (a dict, or an object with state_dict), which is saved for each rank",
         )
 
 
