@@ -161,6 +161,8 @@ def select_state(
     naming = {name for name in live if live[name].handler == "module" and any(o in taken for o in optimizers)}
     groups = {name: part.told if part is not None and part.leaves else [name] for name, part in parts.items()}
     groups.update({path: [path] for path in (*further, *(path for word, path in own.items() if word not in absent))})
+    moves = ((old.partition("/")[0], new.partition("/")[0]) for old, new in ruled.names.items())
+    moved = {old for old, new in moves if old != new}
     build, checking = Build(selection.dtype), Build("live" if selection.dtype == "saved" else selection.dtype)
     made = _entries(parts, saved, live, taken, naming, choice, build)
     return SelectedState(
@@ -169,7 +171,7 @@ def select_state(
         words=frozenset(word for word, path in own.items() if choice.takes(path)),
         live_options={name: part.kept_options(choice) for name, part in optimizers.items() if name in taken},
         report=SelectionReport(
-            not_restored=choice.not_restored(groups),
+            not_restored=choice.not_restored(groups, partial=moved),
             cast=build.cast,
             renamed={**ruled.entry_names, **{old: in_live.names.get(new, new) for old, new in ruled.names.items()}},
             notes=notes,

@@ -7,7 +7,7 @@ option of all groups of an optimizer, ``optimizer/state/model/head.weight`` its 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -222,16 +222,19 @@ class Choice:
         """Leave out one path more, under the name of a pattern."""
         self._left_out.setdefault(path, because)
 
-    def not_restored(self, groups: Mapping[str, Sequence[str]]) -> tuple[NotRestored, ...]:
+    def not_restored(
+        self, groups: Mapping[str, Sequence[str]], *, partial: Collection[str] = ()
+    ) -> tuple[NotRestored, ...]:
         """Return everything that was left out.
 
         Args:
             groups: The paths of each entry, as far as they are worth telling.
+            partial: Entries that these paths are not all of: the rest was renamed into others.
         """
         found: list[NotRestored] = []
         for entry, paths in groups.items():
             gone = [path for path in paths if not self.takes(path)]
-            if gone and not self.taken_of(paths):
+            if gone and not self.taken_of(paths) and entry not in partial:
                 found.append(NotRestored(entry, tuple(gone)))
                 continue
             by_pattern: dict[str, list[str]] = {}
