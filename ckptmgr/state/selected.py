@@ -71,8 +71,6 @@ class SelectedState:
         except BaseException:
             undo()
             raise
-        for level, note in self._in_live.notes:
-            _log.log(level, "%s", note)
 
     def tell(self, source: str) -> None:
         """Log what was not restored, and what was changed on the way.
@@ -80,6 +78,8 @@ class SelectedState:
         Args:
             source: The checkpoint.
         """
+        for level, note in self._in_live.notes:
+            _log.log(level, "%s", note)
         self.report.log(source, dtype=self._selection.dtype)
 
     def options(self, saved: Mapping[str, Any] | None, before: Mapping[str, CapturedEntry]) -> dict[str, Any] | None:
@@ -107,6 +107,7 @@ def select_state(
     words: Mapping[str, str] | None = None,
     absent: Collection[str] = (),
     unread: Collection[str] = (),
+    also: Mapping[str, str] | None = None,
     registry: HandlerRegistry = REGISTRY,
 ) -> SelectedState:
     """Apply a selection to a checkpoint and to the live objects. Changes nothing.
@@ -119,6 +120,7 @@ def select_state(
         absent: Those of the words that the checkpoint has nothing of.
         unread: Further entries of the checkpoint, which nobody has asked for: they are left out in any case, as is
             what is in ``entries`` only because something of it is renamed into another entry.
+        also: Further names of entries in patterns, as ``optimizer`` for each of several.
         registry: Where handlers are found.
 
     Raises:
@@ -142,7 +144,10 @@ def select_state(
     own = {word: entry if word in {*parts, *further} else word for word, entry in (words or {}).items()}
     leaves: dict[str, tuple[str, ...]] = {}
     for name, part in parts.items():
-        leaves.update(part.leaves if part is not None and part.leaves else {name: ()})
+        own_leaves = part.leaves if part is not None and part.leaves else {name: ()}
+        word = (also or {}).get(name)
+        for path, others in own_leaves.items():
+            leaves[path] = others if word is None else (*others, word + path[len(name) :])
     leaves.update(dict.fromkeys(further, ()))
     leaves.update({path: ((words or {})[word],) for word, path in own.items()})
     choice = Choice(selection, leaves)
