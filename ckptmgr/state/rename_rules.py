@@ -18,7 +18,7 @@ class RuledEntries:
     """What `RenameRules.apply` returns.
 
     Attributes:
-        entries: All entries by their new names; those that no rule touches are the given ones.
+        entries: All entries by their new names; modules that no rule touches are the given ones.
         names: Names of the checkpoint that a rule is for, ``<entry>/<name>``, and what they are called now.
         entry_names: The same for whole entries.
     """
@@ -124,9 +124,13 @@ class RenameRules:
                     tree = trees.setdefault(target, {"tensors": {}})
                     tree.setdefault(part, {})[rest] = item
                     versions.setdefault(target, captured.version)
+        # Submodules by their old paths, with the paths where their own tensors have gone.
+        gone: dict[str, dict[str, None]] = {}
+        for old, new in names.items():
+            gone.setdefault(_parent(old), {})[_parent(new)] = None
         for entry, captured in modules.items():
             for path, version in captured.tree.get("versions", {}).items():
-                for place in _places_now(f"{entry}/{path}", names):
+                for place in gone.get(f"{entry}/{path}") or _places_below(f"{entry}/{path}", names):
                     target, _, rest = place.partition("/")
                     trees[target].setdefault("versions", {})[rest] = version
         touched = {path.partition("/")[0] for pair in names.items() if pair[0] != pair[1] for path in pair}
@@ -158,11 +162,8 @@ class RenameRules:
         return result
 
 
-def _places_now(path: str, names: Mapping[str, str]) -> Iterable[str]:
-    """Return what the submodule at a path is called now: where its own tensors, or else those below it, have gone."""
-    own = [new for old, new in names.items() if _parent(old) == path]
-    if own:
-        return dict.fromkeys(_parent(new) for new in own)
+def _places_below(path: str, names: Mapping[str, str]) -> Iterable[str]:
+    """Return what a submodule without tensors of its own is called now: by where those below it have gone."""
     below = [(old[len(path) :], new) for old, new in names.items() if old.startswith(f"{path}.")]
     return dict.fromkeys(new.removesuffix(rest) for rest, new in below if new.endswith(rest))
 

@@ -106,7 +106,8 @@ class Selection:
         if any(covers(pattern, entry) for pattern in self.exclude):
             return False
         return any(
-            covers(pattern, entry) or pattern.startswith(f"{entry}/") or _begins_with_wildcard(pattern, entry)
+            # A wildcard may stand for a slash too.
+            covers(pattern, entry) or pattern.startswith(f"{entry}/") or _has_wildcard(pattern.partition("/")[0])
             for pattern in self.include
         )
 
@@ -283,9 +284,8 @@ def _first_cover(patterns: Sequence[str], paths: Sequence[str], unused: dict[str
     return first
 
 
-def _begins_with_wildcard(pattern: str, entry: str) -> bool:
-    head = pattern.partition("/")[0]
-    return any(mark in head for mark in "*?[") and (fnmatchcase(entry, head) or "*" in head)
+def _has_wildcard(text: str) -> bool:
+    return any(mark in text for mark in "*?[")
 
 
 def _patterns(given: object, *, of: str) -> tuple[str, ...]:

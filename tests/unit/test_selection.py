@@ -579,6 +579,97 @@ def test_a_wrapped_model_does_not_take_another_dtype() -> None:
     assert live.module.weight.dtype == torch.float64
 
 
+class Hooked(Net):
+    """Loads through code of its own, and keeps something that is no tensor."""
+
+    def __init__(self, nclasses: int = 3, body: str = "body", note: str = "") -> None:
+        super().__init__(nclasses, body)
+        self.note = note
+        self.register_load_state_dict_pre_hook(lambda *args: None)
+
+    def get_extra_state(self) -> dict[str, str]:
+        return {"note": self.note}
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        self.note = state["note"]
+
+
+def test_a_module_that_loads_in_its_own_way_is_restored_in_parts_and_under_new_names() -> None:
+    source = Hooked(note="old")
+    # Without its version a BatchNorm takes the state for one from before this counter, and sets it to zero.
+    source.body[1].num_batches_tracked.fill_(7)
+    entries = {entry.name: entry for entry in capture_state({"model": source})}
+    live = Hooked(nclasses=5, body="encoder", note="new")
+    selection = Selection.without("model/head.*", "model/_extra_state", rename={"model/body.*": "model/encoder.*"})
+    select_state({"model": live}, entries, selection).restore()
+    assert same(live.encoder.state_dict(), source.body.state_dict())
+    assert live.note == "new"
+    part = Hooked(note="new")
+    part.body[1].num_batches_tracked.fill_(5)
+    select_state({"model": part}, entries, Selection.only("model/head.*", "model/_extra_state")).restore()
+    assert part.body[1].num_batches_tracked == 5
+    assert part.note == "old"
+
+
+@pytest.mark.parametrize(("dtype", "of_second_moments"), [("live", torch.float32), ("saved", torch.bfloat16)])
+def test_moments_that_were_kept_in_a_dtype_of_their_own_keep_it(dtype: Any, of_second_moments: torch.dtype) -> None:
+    def state(of: torch.dtype) -> dict[str, Any]:
+        model = nn.Linear(2, 2).to(of)
+        return {"model": model, "optimizer": torch.optim.Adam(model.parameters())}
+
+    source, live = state(torch.bfloat16), state(torch.float32)
+    source["model"](torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
+    source["optimizer"].step()
+    slots = source["optimizer"].state[source["model"].weight]
+    slots["exp_avg"] = slots["exp_avg"].float() + 1e-6
+    entries = {entry.name: entry for entry in capture_state(source)}
+    select_state(live, entries, Selection(dtype=dtype)).restore()
+    restored = live["optimizer"].state[live["model"].weight]
+    assert same(restored["exp_avg"], slots["exp_avg"])
+    assert restored["exp_avg_sq"].dtype == of_second_moments
+
+
+def test_a_group_whose_parameters_are_all_left_out_keeps_its_place_in_the_schedule() -> None:
+    def state(nclasses: int, lr: float) -> dict[str, Any]:
+        model = Net(nclasses)
+        groups = [{"params": model.body.parameters(), "lr": lr}, {"params": model.head.parameters(), "lr": 10 * lr}]
+        optimizer = torch.optim.AdamW(groups)
+        return {"m": model, "o": optimizer, "s": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)}
+
+    def train(state: dict[str, Any]) -> None:
+        state["o"].zero_grad()
+        state["m"](torch.ones(3, 2)).sum().backward()
+        state["o"].step()
+        state["s"].step()
+
+    source, live = state(3, 0.1), state(5, 0.2)
+    train(source)
+    entries = {entry.name: entry for entry in copy.deepcopy(capture_state(source))}
+    select_state(live, entries, Selection.without("m/head.*")).restore()
+    rates = [[group["lr"] for group in it["o"].param_groups] for it in (live, source)]
+    assert rates[0] == rates[1]
+    train(source)
+    train(live)
+    rates = [[group["lr"] for group in it["o"].param_groups] for it in (live, source)]
+    assert rates[0] == rates[1]
+
+
+def test_an_optimizer_whose_parameters_have_positions_only_is_restored_in_parts() -> None:
+    def state(lr: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = Net()
+        return model, torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+    (source, old), (live, new) = state(0.1), state(0.2)
+    source(torch.ones(3, 2)).sum().backward()
+    old.step()
+    entries = {entry.name: entry for entry in capture_state({"o": old})}
+    select_state({"o": new}, entries, Selection.without("o/state/0/1", "o/options/lr")).restore()
+    first, second, *_ = live.parameters()
+    assert same(new.state[first]["momentum_buffer"], old.state[next(source.parameters())]["momentum_buffer"])
+    assert "momentum_buffer" not in new.state[second]
+    assert new.param_groups[0]["lr"] == 0.2
+
+
 def test_prefix_rules_still_hold_before_a_selection() -> None:
     source = nn.ModuleDict({"model": Net()})
     entries = {entry.name: entry for entry in capture_state({"model": source})}
