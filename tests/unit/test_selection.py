@@ -262,6 +262,55 @@ def test_state_of_some_parameters_stays_as_the_live_optimizer_has_it(trained: Pr
     assert same(live.model.state_dict(), trained.model.state_dict())
 
 
+def test_state_that_stays_is_dropped_where_the_restored_options_need_more_of_it() -> None:
+    def with_amsgrad(parameters: Any, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=lr, amsgrad=True)
+
+    old, live = Program(optimizer=with_amsgrad), Program(seed=5)
+    for program in (old, live):
+        for (x,) in program.loader:
+            program.train_one(x)
+    entries = {entry.name: entry for entry in capture_state(old.state)}
+    select_state(live.state, entries, Selection.without("optimizer/state/model/head.*")).restore()
+    assert moments(live, "head.bias") is None
+    # A step would look for the maximum of what it has not kept.
+    for (x,) in live.loader:
+        live.train_one(x)
+
+
+class Counting(torch.optim.Adam):
+    """Keeps a number that belongs to no parameter."""
+
+    ncalls = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "ncalls": self.ncalls}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "ncalls"})
+        self.ncalls = state_dict["ncalls"]
+
+
+def test_state_of_no_parameter_goes_with_the_state_of_all() -> None:
+    old, live = Program(optimizer=Counting), Program(seed=5, optimizer=Counting)
+    old.optimizer.ncalls, live.optimizer.ncalls = 7, 5
+    entries = {entry.name: entry for entry in capture_state(old.state)}
+    select_state(live.state, entries, Selection.without("optimizer/state")).restore()
+    assert live.optimizer.ncalls == 5
+    select_state(live.state, entries, Selection.without("optimizer/state/model/head.*")).restore()
+    assert live.optimizer.ncalls == 7
+
+
+def test_the_count_of_steps_is_never_rounded_to_the_dtype_of_a_parameter() -> None:
+    old, live = Program(optimizer=Counting), Program(Net().bfloat16(), seed=5, optimizer=Counting)
+    for (x,) in old.loader:
+        old.train_one(x)
+    entries = {entry.name: entry for entry in capture_state(old.state)}
+    select_state(live.state, entries, Selection(dtype="live")).restore()
+    slots = live.optimizer.state[live.model.head.weight]
+    assert (slots["step"].dtype, slots["exp_avg"].dtype) == (torch.float32, torch.bfloat16)
+
+
 def test_state_that_belongs_to_all_parameters_together_is_taken_as_a_whole() -> None:
     def program(seed: int) -> dict[str, Any]:
         torch.manual_seed(seed)
@@ -402,7 +451,27 @@ def test_renamed_parameters_take_their_moments_along(trained: Program, run: str)
     assert live.loop.options.in_force["optimizer"]["groups"][0]["of"] == "model/encoder.0.bias"
 
 
-def test_exact_names_and_endings_can_be_renamed_and_the_longest_rule_holds() -> None:
+def test_of_several_rules_for_a_name_the_longest_holds(trained: Program, run: str) -> None:
+    net = Net(body="encoder")
+    loop = LoopObjects({"net": net}, "keep")
+    rules = {"model/*": "net/*", "model/body.*": "net/encoder.*"}
+    loop.restore_alone(Reference(run, "latest"), None, Selection(rename=rules))
+    assert same(net.encoder.state_dict(), trained.model.body.state_dict())
+    assert same(net.head.state_dict(), trained.model.head.state_dict())
+
+
+def test_moments_of_a_renamed_parameter_must_have_its_shape() -> None:
+    def optimizer(name: str, width: int) -> torch.optim.Optimizer:
+        return torch.optim.SGD(nn.ModuleDict({name: nn.Linear(2, width)}).named_parameters(), lr=0.1, momentum=0.9)
+
+    entries = {entry.name: entry for entry in capture_state({"o": optimizer("a", 3)})}
+    selection = Selection(rename={"a.*": "b.*"})
+    with pytest.raises(StateMismatchError, match=r"'b.weight' was float32 \(3, 2\)"):
+        select_state({"o": optimizer("b", 4)}, entries, selection).restore()
+    select_state({"o": optimizer("b", 3)}, entries, selection).restore()
+
+
+def test_exact_names_and_endings_can_be_renamed() -> None:
     source = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)})
     entries = {entry.name: entry for entry in capture_state({"model": source})}
     live = nn.ModuleDict({"x": nn.Linear(1, 1), "y": nn.Linear(1, 1)})
@@ -482,8 +551,10 @@ def test_saved_values_are_cast_to_the_live_dtype_and_named(trained: Program, run
 def test_live_tensors_take_the_saved_dtype_and_stay_the_same_objects(trained: Program, run: str) -> None:
     live = Program(Net().double(), seed=5)
     weight = live.model.head.weight
+    weight.grad = torch.full_like(weight, 2.0)
     live.loop.restore(load_checkpoint(run), Selection(dtype="saved"))
     assert live.model.head.weight is weight
+    assert same(weight.grad, torch.full((3, 4), 2.0))
     assert same(live.snapshot(), trained.snapshot())
     assert live.loop.report is not None
     assert live.loop.report.cast["model/head.weight"] == ("float64", "float32")
@@ -596,7 +667,6 @@ class Hooked(Net):
 
 def test_a_module_that_loads_in_its_own_way_is_restored_in_parts_and_under_new_names() -> None:
     source = Hooked(note="old")
-    # Without its version a BatchNorm takes the state for one from before this counter, and sets it to zero.
     source.body[1].num_batches_tracked.fill_(7)
     entries = {entry.name: entry for entry in capture_state({"model": source})}
     live = Hooked(nclasses=5, body="encoder", note="new")
@@ -609,6 +679,28 @@ def test_a_module_that_loads_in_its_own_way_is_restored_in_parts_and_under_new_n
     select_state({"model": part}, entries, Selection.only("model/head.*", "model/_extra_state")).restore()
     assert part.body[1].num_batches_tracked == 5
     assert part.note == "old"
+
+
+class Versioned(nn.Module):
+    """Once counted in halves: what has no version is doubled when it is loaded."""
+
+    _version = 2
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(value))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        if local_metadata.get("version", 1) < 2:
+            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"] * 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_neither_what_stays_nor_what_is_renamed_loses_the_version_of_its_state() -> None:
+    entries = {entry.name: entry for entry in capture_state({"m": nn.ModuleDict({"a": Versioned(3.0)})})}
+    live = nn.ModuleDict({"b": Versioned(1.0), "new": Versioned(5.0)})
+    select_state({"m": live}, entries, Selection.without("m/new.*", rename={"m/a.*": "m/b.*"})).restore()
+    assert (live["b"].weight, live["new"].weight) == (3.0, 5.0)
 
 
 @pytest.mark.parametrize(("dtype", "of_second_moments"), [("live", torch.float32), ("saved", torch.bfloat16)])
