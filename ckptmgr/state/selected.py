@@ -21,9 +21,15 @@ from ckptmgr.state.renamed_entries import RenamedEntries, in_live_names
 from ckptmgr.state.selected_parts import Build, ModuleParts, OptimizerParts, is_module_tree, is_optimizer_tree
 from ckptmgr.state.selection import Choice, Selection, SelectionReport
 
-__all__ = ["SelectedState", "refuse_contradiction", "select_state"]
+__all__ = ["SelectedState", "select_state"]
 
 _log = logging.getLogger("ckptmgr")
+
+_NOTES = {
+    "data": "epochs are counted from 0",
+    "rng": "the random number generators stay as they are",
+    "progress": "steps are counted from 0",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +166,7 @@ def select_state(
             choice.leave_out(path, None)
     optimizers = {name: part for name, part in parts.items() if isinstance(part, OptimizerParts)}
     _follow(choice, parts, optimizers)
-    notes = refuse_contradiction(choice, state, {name: part.learning_rate for name, part in optimizers.items()})
+    notes = _refuse_contradiction(choice, state, {name: part.learning_rate for name, part in optimizers.items()})
     taken = [name for name, part in parts.items() if choice.taken_of(_paths(name, part))]
     # An optimizer's parameters go by the names that the modules give them.
     naming = {name for name in live if live[name].handler == "module" and any(o in taken for o in optimizers)}
@@ -168,6 +174,7 @@ def select_state(
     groups.update({path: [path] for path in (*further, *(path for word, path in own.items() if word not in absent))})
     moves = ((old.partition("/")[0], new.partition("/")[0]) for old, new in ruled.names.items())
     moved = {old for old, new in moves if old != new}
+    followed_by = {path: _NOTES[word] for word, path in own.items() if word in _NOTES}
     build, checking = Build(selection.dtype), Build("live" if selection.dtype == "saved" else selection.dtype)
     made = _entries(parts, saved, live, taken, naming, choice, build)
     return SelectedState(
@@ -176,7 +183,7 @@ def select_state(
         words=frozenset(word for word, path in own.items() if choice.takes(path)),
         live_options={name: part.kept_options(choice) for name, part in optimizers.items() if name in taken},
         report=SelectionReport(
-            not_restored=choice.not_restored(groups, partial=moved),
+            not_restored=choice.not_restored(groups, partial=moved, notes=followed_by),
             cast=build.cast,
             renamed={**ruled.entry_names, **{old: in_live.names.get(new, new) for old, new in ruled.names.items()}},
             notes=notes,
@@ -191,7 +198,7 @@ def select_state(
     )
 
 
-def refuse_contradiction(
+def _refuse_contradiction(
     choice: Choice, objects: Mapping[str, object], learning_rates: Mapping[str, str]
 ) -> tuple[str, ...]:
     """Refuse a schedule that goes on from a learning rate that is left out; say where one begins from a restored rate.

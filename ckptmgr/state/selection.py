@@ -119,23 +119,18 @@ class NotRestored:
     Attributes:
         path: An entry, or the pattern that left parts of one out.
         names: The paths that it stands for.
+        note: What follows from it, where that is not plain.
     """
 
     path: str
     names: tuple[str, ...]
+    note: str = ""
 
     def __str__(self) -> str:
-        if self.path in _WORDS or "/" not in self.path or self.names == (self.path,):
-            return f"{self.path}{_WORDS.get(self.path.removeprefix('ckptmgr_'), '')}"
+        if "/" not in self.path or self.names == (self.path,):
+            return f"{self.path} ({self.note})" if self.note else self.path
         shown = ", ".join(self.names[:_SHOWN]) + (", …" if len(self.names) > _SHOWN else "")
         return f"{self.path} ({len(self.names)}: {shown})"
-
-
-_WORDS = {
-    "data": " (epochs are counted from 0)",
-    "rng": " (the random number generators stay as they are)",
-    "progress": " (steps are counted from 0)",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,19 +219,20 @@ class Choice:
         self._left_out.setdefault(path, because)
 
     def not_restored(
-        self, groups: Mapping[str, Sequence[str]], *, partial: Collection[str] = ()
+        self, groups: Mapping[str, Sequence[str]], *, partial: Collection[str] = (), notes: Mapping[str, str]
     ) -> tuple[NotRestored, ...]:
         """Return everything that was left out.
 
         Args:
             groups: The paths of each entry, as far as they are worth telling.
             partial: Entries that these paths are not all of: the rest was renamed into others.
+            notes: What follows where an entry is left out.
         """
         found: list[NotRestored] = []
         for entry, paths in groups.items():
             gone = [path for path in paths if not self.takes(path)]
             if gone and not self.taken_of(paths) and entry not in partial:
-                found.append(NotRestored(entry, tuple(gone)))
+                found.append(NotRestored(entry, tuple(gone), notes.get(entry, "")))
                 continue
             by_pattern: dict[str, list[str]] = {}
             for path in gone:

@@ -379,6 +379,8 @@ def test_an_entry_of_the_users_goes_before_a_word_of_the_loop(tmp_path: Path) ->
     live, objects = loop(1)
     restored = objects.restore(load_checkpoint(str(tmp_path)), Selection.without("progress"))
     assert (live["progress"]["seen"], restored.step) == (1, 1)
+    assert objects.report is not None
+    assert list(map(str, objects.report.not_restored)) == ["progress"]
     restored = objects.restore(load_checkpoint(str(tmp_path)), Selection.without("ckptmgr_progress"))
     assert (live["progress"]["seen"], restored.step) == (7, 0)
 
