@@ -134,6 +134,15 @@ class Resume:
             self.run = self._open_following()
         return self.run
 
+    def check(self, loaded: LoadedCheckpoint) -> None:
+        """Compare the model with what is selected of a checkpoint, before the run is claimed. Changes nothing.
+
+        Raises:
+            StateMismatchError, UsageError: It does not fit.
+        """
+        chosen = self._select(loaded)
+        check_model(self._trainer.lightning_module, loaded if chosen is None else chosen.loaded)
+
     def accept(self) -> Any:
         """Record the line, and free what was loaded.
 
@@ -169,8 +178,8 @@ class Resume:
                 # A file of Lightning's own: restored as Lightning does, saved from then on as we do.
                 self.run = self._open_run("never")
                 return checkpoint_path
-            self._open_at(reference)
             self._is_named = True
+            self._open_at(reference)
         elif self._trainer.global_step > 0:
             # A second fit of this Trainer goes on from what is in memory.
             self.run = self._open_following()
@@ -180,30 +189,35 @@ class Resume:
         if self.loaded is None:
             self._say(where_it_begins(self._run_dir, None))
             return None
-        if self._selection is None:
+        chosen = self._select(self.loaded)
+        if chosen is None:
+            if self._selection is not None:
+                self._say("selection is not applied: this run goes on from its own checkpoint, and no other was named")
             return self._hand_over(self.loaded, None, explicit=explicit)
-        if not self._is_named or os.environ.get(RUN_DIR_VARIABLE):
-            self._say("selection is not applied: this run goes on from its own checkpoint, and no other was named")
-            return self._hand_over(self.loaded, None, explicit=explicit)
-        chosen = TrainerSelection(self._selection, self.loaded, self._trainer.lightning_module)
         if chosen.starts_anew:
             self._begin_with(chosen)
             return None
         return self._hand_over(chosen.loaded, chosen, explicit=explicit)
 
+    def _select(self, loaded: LoadedCheckpoint) -> TrainerSelection | None:
+        """Apply the selection, if there is one, to a checkpoint that somebody has named."""
+        if self._selection is None or not self._is_named or os.environ.get(RUN_DIR_VARIABLE):
+            return None
+        return TrainerSelection(self._selection, loaded, self._trainer.lightning_module)
+
     def _open_as_chosen(self) -> None:
         if self._resume in ("auto", "must", "never") or not any(mark in self._resume for mark in "/@\\"):
+            self._is_named = self._resume not in ("auto", "must", "never")
             self.run = self._open_run(self._resume)
             self.loaded = self.run.continued
-            self._is_named = self._resume not in ("auto", "must", "never")
             return
         # A fork: another run's checkpoint is where this one begins, and not where it goes back to when it is requeued.
         if self._newest_step() is not None:
             self.run = self._open_run("auto")
             self.loaded = self.run.continued
         else:
-            self._open_at(parse_reference(self._resume))
             self._is_named = True
+            self._open_at(parse_reference(self._resume))
 
     def _open_at(self, reference: Reference) -> None:
         if absolute(reference.run_dir) == self._run_dir:

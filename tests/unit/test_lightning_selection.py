@@ -63,14 +63,26 @@ Fit = Callable[..., Start]
 
 
 @pytest.fixture
-def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
+def selecting(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make the manager's way into a run, with a selection."""
+
+    def make(selection: Selection | None, *args: Any, **kwargs: Any) -> Resume:
+        resume = Resume(*args, selection=selection, **kwargs)
+        monkeypatch.setattr(manager_module, "check_model", lambda module, loaded: resume.check(loaded))
+        return resume
+
+    return make
+
+
+@pytest.fixture
+def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, selecting: Any) -> Fit:
     def run(
         name: str, model: Model, selection: Selection | None = None, *, fit_with: Any = None, **options: Any
     ) -> Start:
         trainer_options = {key: options.pop(key) for key in ("max_epochs", "precision") if key in options}
         start = Start()
         manager = CheckpointManager(tmp_path / name, every_n_train_steps=1, keep_last=9, **options)
-        monkeypatch.setattr(manager_module, "Resume", partial(Resume, selection=selection))
+        monkeypatch.setattr(manager_module, "Resume", partial(selecting, selection))
         trainer = make_trainer(tmp_path, manager, start, **trainer_options)
         if model.breaks_at is None:
             trainer.fit(model, plain_loader(), **(fit_with or {}))
@@ -121,6 +133,23 @@ def test_a_run_that_begins_anew_from_its_own_weights_goes_on_from_there(old: Any
     # Steps 1 and 2 of the new line, and not step 4 of the one before.
     again = fit("old", Scheduled(breaks_at=("training_step", 1)))
     assert again.step == 2
+
+
+def test_a_new_head_goes_on_in_the_same_run_and_one_that_does_not_fit_claims_nothing(
+    old: Any, tmp_path: Path, fit: Fit
+) -> None:
+    attempts = len(list((tmp_path / "old" / "attempts").iterdir()))
+    with pytest.raises(StateMismatchError, match=r"net\.3\.bias"):
+        fit("old", Scheduled(nout=3), Selection.without("model/net.3.weight"), resume="3")
+    with pytest.raises(UsageError, match=r"net\.4"):
+        fit("old", Scheduled(nout=3), Selection.without("model/net.4.*"), resume="3")
+    assert len(list((tmp_path / "old" / "attempts").iterdir())) == attempts
+    start = fit(
+        "old", Scheduled(nout=3, breaks_at=("training_step", 2)), Selection.without("model/net.3.*"), resume="3"
+    )
+    assert start.step == 3
+    again = fit("old", Scheduled(nout=3, breaks_at=("training_step", 1)))
+    assert again.step == 4
 
 
 def test_moments_go_on_while_rate_and_schedule_are_the_programs(old: Any, tmp_path: Path, fit: Fit) -> None:
