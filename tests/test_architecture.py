@@ -154,6 +154,7 @@ def test_the_public_names_are_these() -> None:
         "PerSampleSeed",
         "Preempted",
         "SaveFailedError",
+        "Selection",
         "StateMismatchError",
         "Union",
         "UnsupportedStateError",
