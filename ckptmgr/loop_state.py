@@ -11,15 +11,18 @@ from torch.optim import Optimizer
 
 from ckptmgr.errors import StateMismatchError, UsageError
 from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
+from ckptmgr.ranks.group import Ranks
 from ckptmgr.run.reference import Reference, parse_reference
 from ckptmgr.state.capture import CapturedEntry, capture_state, check_state, restore_state
 from ckptmgr.state.changed_options import OptionChange
 from ckptmgr.state.data_position import DataPosition
 from ckptmgr.state.loader_facts import describe_loader
+from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.renamed_entries import in_live_names
 from ckptmgr.state.rng import capture_rng, restore_rng
 from ckptmgr.state.selected import SelectedState, select_state
 from ckptmgr.state.selection import Selection, SelectionReport
+from ckptmgr.state.sharding import LiveShards
 from ckptmgr.state.training_options import OnChangedOptions, TrainingOptions
 from ckptmgr.storage.open import open_storage
 
@@ -89,6 +92,10 @@ class LoopObjects:
         """The optimizers among the user's objects."""
         return [value for value in self._state.values() if isinstance(value, Optimizer)]
 
+    def shards(self) -> LiveShards:
+        """Return the sharded parameters of the user's modules."""
+        return ParameterNames.of_state(self._state).shards()
+
     def capture(
         self, *, step: int, metrics: Mapping[str, float], data: DataPosition | None, position: SavedPosition | None
     ) -> list[CapturedEntry]:
@@ -106,10 +113,10 @@ class LoopObjects:
         if data is not None:
             tree, rng = data.state_dict(), data.pending_rng
         if tree is not None:
-            entries.append(CapturedEntry(_DATA, "data-position", 1, tree))
+            entries.append(CapturedEntry(_DATA, "data-position", 1, tree, "per-rank"))
         progress = {"step": step, "metrics": dict(metrics), "options": self.options.in_force}
         entries.append(CapturedEntry(_PROGRESS, "progress", 1, progress))
-        entries.append(CapturedEntry(_RNG, "rng", 1, dict(rng or capture_rng())))
+        entries.append(CapturedEntry(_RNG, "rng", 1, dict(rng or capture_rng()), "per-rank"))
         return entries
 
     def check(self, loaded: LoadedCheckpoint, selection: Selection | None = None) -> None:
@@ -161,6 +168,8 @@ class LoopObjects:
         reference: Reference,
         storage_options: Mapping[str, Any] | None,
         selection: Selection | None = None,
+        *,
+        ranks: Ranks,
     ) -> int:
         """Put another run's checkpoint into the user's objects alone, and return its step.
 
@@ -169,16 +178,27 @@ class LoopObjects:
             storage_options: For a URL; a path takes none.
             selection: What of the objects to restore; all by default. Without ``progress`` the step is 0. What was not
                 restored is logged.
+            ranks: The processes that do it together.
 
         Raises:
-            StateMismatchError, CheckpointNotFoundError, CorruptCheckpointError: Nothing was changed.
+            StateMismatchError, CheckpointNotFoundError, CorruptCheckpointError: Nothing was changed, on any rank.
             UsageError: The selection does not fit the checkpoint and the objects. Nothing was changed.
         """
         storage_options = _options_for(reference.run_dir, storage_options)
         names = [*self._state]
         if selection is not None:
             names = [name for name in self._state if selection.may_take(name)] + list(selection.sources)
-        loaded = load_checkpoint(reference, names=[*names, _PROGRESS], storage_options=storage_options)
+        loaded = load_checkpoint(
+            reference,
+            names=[*names, _PROGRESS],
+            storage_options=storage_options,
+            ranks=ranks,
+            shards=self.shards(),
+        )
+        if ranks.world_size > 1:
+            ranks.loop.together(
+                "comparing the checkpoint with the live objects", lambda: self._check_alone(loaded, selection)
+            )
         words = self._restore_objects(loaded, selection, alone=True)
         return loaded.manifest.step if "progress" in words else 0
 
@@ -199,6 +219,12 @@ class LoopObjects:
         self.report = selected.report
         selected.tell(loaded.reference)
         return selected.words
+
+    def _check_alone(self, loaded: LoadedCheckpoint, selection: Selection | None) -> None:
+        if selection is None:
+            check_state(self._state, _of_user(loaded))
+        else:
+            self._select(loaded, selection, alone=True).check()
 
     def _select(self, loaded: LoadedCheckpoint, selection: Selection, *, alone: bool = False) -> SelectedState:
         stored = {entry.name for entry in loaded.manifest.entries}

@@ -337,6 +337,18 @@ class TrainingRun:
         found = best(list(self._facts.values()), self.monitor.metric, self.monitor.mode)
         return None if found is None else (CheckpointId.parse(found.id), found.metrics[self.monitor.metric])
 
+    def refuse_missing(self, selector: str) -> None:
+        """Raise if nothing in the run answers to a selector.
+
+        Raises:
+            CheckpointNotFoundError: Nothing does.
+        """
+
+        def look() -> None:
+            Catalog(self.storage).resolve(selector)
+
+        self._ranks.loop.decide(f"looking for {selector}", look)
+
     def wait(self) -> None:
         """Wait until the last save is durable.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ckptmgr.ranks.group import Channel
 
@@ -17,8 +17,8 @@ class StepAgreement:
     """Lets rank 0 decide for all, without asking at every step.
 
     What follows from the step and the epoch alone, every rank knows by itself. For everything else (a signal that one
-    rank has got, the time, metrics) the ranks talk, at steps that are about 50 ms apart: rank 0 says each time after how
-    many steps the next talk is, so all of them keep to the same steps.
+    rank has got, the time, metrics) the ranks talk, at steps that are about 50 ms apart: rank 0 says each time after
+    how many steps the next talk is, so all of them keep to the same steps.
 
     Args:
         channel: The ranks.
@@ -57,8 +57,8 @@ class StepAgreement:
         if self._left > 0 and not self._talks_always:
             return known(), False
 
-        def answer(told: object) -> tuple[str | None, bool, int]:
-            must_stop = any(told)  # type: ignore[call-overload]
+        def answer(told: Sequence[bool]) -> tuple[str | None, bool, int]:
+            must_stop = any(told)
             return decide(must_stop), must_stop, self._next()
 
         reason, must_stop, self._left = self._channel.exchange(what, lambda: bool(is_told_to_stop), answer)
