@@ -27,7 +27,7 @@ from ckptmgr.ranks.group import DEFAULT_TIMEOUT_S
 from ckptmgr.schedule import Schedule
 from ckptmgr.state.capture import CapturedEntry
 from ckptmgr.state.changed_options import OptionChange
-from ckptmgr.state.data_position import DataPosition
+from ckptmgr.state.data_position import DataPosition, OnResume
 from ckptmgr.state.divergence import OnDivergence, checked_divergence
 from ckptmgr.state.selection import Selection
 from ckptmgr.state.training_options import OnChangedOptions
@@ -199,6 +199,10 @@ class Checkpointer:
         on a new line, and `batches` must be called anew. Before `resume`, or with a reference to another run, only the
         user's entries are restored; that writes nothing and disturbs no process that trains in the run.
 
+        Args:
+            reference: A selector, or a reference to a checkpoint of any run.
+            selection: What of it to restore; all by default. What is not restored is logged.
+
         Returns:
             The checkpoint's step.
 
@@ -225,7 +229,7 @@ class Checkpointer:
         loader: Iterable[Any],
         *,
         epochs: int | None = None,
-        on_resume: Literal["auto", "skip", "replay"] = "auto",
+        on_resume: OnResume = "auto",
     ) -> Iterator[Any]:
         """Yield the batches of several epochs, from the first one that was not trained yet.
 
@@ -237,7 +241,8 @@ class Checkpointer:
             loader: A DataLoader, a StatefulDataLoader, or anything that can be iterated anew for each epoch.
             epochs: How many in all, counted from the run's start; None for no end.
             on_resume: How to get to the position: ``skip`` without reading, ``replay`` by reading what was trained, or
-                ``auto``: skip where that is exactly the same.
+                ``auto``: skip where that is exactly the same. ``restart`` gives up a position in mid-epoch: that epoch
+                begins anew.
 
         Raises:
             StateMismatchError: The loader is not the one that the position was saved with.
