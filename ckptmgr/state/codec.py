@@ -195,10 +195,13 @@ def decode_entry(tree: Any, tensor: TensorOfName) -> Any:
 
 
 def _as_shard(stored: StoredTensor, shard: Shard, where: str) -> StoredTensor:
-    """Note a shard's place in the whole. What is the whole on every rank is no shard."""
+    """Note a shard's place in the whole. What is the whole on every rank of its mesh is no shard.
+
+    What happens to be the whole on this rank is one: on the others the shard is empty then.
+    """
     # A shard comes back in place, so the order of its dimensions in memory is the live one's.
     stored.order = None
-    if shard.box.shape == shard.whole:
+    if shard.is_replicated:
         return stored
     if stored.encoding == "complex":
         raise UnsupportedStateError(

@@ -70,11 +70,13 @@ class Shard:
         local: Its elements, in the memory of the live tensor.
         box: Where they lie in the whole.
         whole: Shape of the whole.
+        is_replicated: Every rank of its mesh holds the whole.
     """
 
     local: torch.Tensor
     box: Box
     whole: tuple[int, ...]
+    is_replicated: bool = False
 
 
 def local_of(tensor: Any) -> torch.Tensor:
@@ -115,7 +117,8 @@ def shard_of(tensor: Any, where: str = "a tensor") -> Shard:
             why=f"with {tensor.placements}, this rank's part is not one range of the whole",
             next="report this with the placements, the mesh and the shape",
         )
-    return Shard(local, Box(tuple(chunk.offsets), tuple(chunk.sizes)), whole)
+    is_replicated = all(placement.is_replicate() for placement in tensor.placements)
+    return Shard(local, Box(tuple(chunk.offsets), tuple(chunk.sizes)), whole, is_replicated)
 
 
 def mesh_sizes(values: Any) -> dict[str, int]:

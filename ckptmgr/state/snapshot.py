@@ -85,7 +85,9 @@ class SnapshotBuffers:
             if written:
                 tensors = self._copy(entry.name, [t for t in encoder.tensors if t.name in written], devices)
                 tensors = [
-                    replace(t, scope=written[t.name], rank=None if written[t.name] == "replicated" else share.rank)
+                    replace(t, scope="replicated", global_shape=None, global_offset=None)
+                    if written[t.name] == "replicated"
+                    else replace(t, scope=written[t.name], rank=share.rank)
                     for t in tensors
                 ]
                 files.append(FilePayload(f"{payload_stem(entry.name, position)}{suffix}.safetensors", tuple(tensors)))
