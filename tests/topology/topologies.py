@@ -1,0 +1,136 @@
+"""The topologies of the matrix: how many processes, how the model is wrapped, and what it is when it is put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from model import Block, Model
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+__all__ = ["TOPOLOGIES", "Topology", "Wrapped", "full_state", "inner", "start_processes", "wrap"]
+
+# Gloo's: how long a rank waits for the others. A cell that hangs must not take the other cells' time.
+TIMEOUT = timedelta(seconds=60)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """One row and one column of the matrix.
+
+    Attributes:
+        name: In commands and files.
+        title: In the table.
+        processes: How many.
+        wrapper: What is put around the model.
+    """
+
+    name: str
+    title: str
+    processes: int
+    wrapper: Literal["none", "dp", "ddp", "fsdp", "fsdp+tp"]
+
+
+TOPOLOGIES = {
+    topology.name: topology
+    for topology in (
+        Topology("one", "1 process", 1, "none"),
+        Topology("dp", "DataParallel", 1, "dp"),
+        Topology("ddp2", "DDP 2", 2, "ddp"),
+        Topology("ddp4", "DDP 4", 4, "ddp"),
+        Topology("fsdp2", "FSDP2 2", 2, "fsdp"),
+        Topology("fsdp4", "FSDP2 4", 4, "fsdp"),
+        Topology("fsdp2tp2", "FSDP2 2 × TP 2", 4, "fsdp+tp"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """A model that is ready to train.
+
+    Attributes:
+        model: As the training loop calls it.
+        data_rank: Which part of each batch this process takes. Ranks of one tensor parallel group take the same.
+        data_world_size: How many parts there are.
+    """
+
+    model: nn.Module
+    data_rank: int = 0
+    data_world_size: int = 1
+
+
+def start_processes(count: int) -> None:
+    """Join the other processes, if there are any."""
+    if count > 1:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+        assert dist.get_world_size() == count
+
+
+def wrap(topology: Topology, model: Model) -> Wrapped:
+    """Wrap a model that is the same on every rank."""
+    if topology.wrapper == "none":
+        return Wrapped(model)
+    if topology.wrapper == "dp":
+        return Wrapped(DataParallel(model))
+    rank, count = dist.get_rank(), topology.processes
+    if topology.wrapper == "ddp":
+        return Wrapped(DistributedDataParallel(model), rank, count)
+    if topology.wrapper == "fsdp":
+        _shard(model, init_device_mesh("cpu", (count,), mesh_dim_names=("dp",)))
+        return Wrapped(model, rank, count)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    for block in model.blocks:
+        parallelize_module(block, mesh["tp"], plan)
+    _shard(model, mesh["dp"])
+    return Wrapped(model, mesh["dp"].get_local_rank(), 2)
+
+
+def _shard(model: Model, mesh: Any) -> None:
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    # What is left, the embedding and the head with their one weight, is a group: in one group they stay tied.
+    fully_shard(model, mesh=mesh)
+
+
+def inner(model: nn.Module) -> Model:
+    """Return the model without what is around it."""
+    found = model.module if isinstance(model, (DataParallel, DistributedDataParallel)) else model
+    assert isinstance(found, Model)
+    assert all(isinstance(block, Block) for block in found.blocks)
+    return found
+
+
+def full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return every parameter, buffer and moment, whole, by its name in the bare model. To be called on every rank.
+
+    It knows nothing of ckptmgr, which it is to judge.
+    """
+    return {name: _whole(tensor) for name, tensor in _tensors(inner(model), optimizer)}
+
+
+def _tensors(model: Model, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), name)
+        yield name, parameter
+    yield from model.named_buffers()
+    for parameter, slots in optimizer.state.items():
+        for slot, value in slots.items():
+            yield f"{names[id(parameter)]}/{slot}", value
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    # Training goes on in place: a copy, or it would change with it.
+    return whole.detach().clone()
