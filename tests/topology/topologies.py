@@ -1,23 +1,23 @@
-"""The topologies of the matrix: how many processes, how the model is wrapped, and what it is when it is put together."""
+"""The topologies of the matrix: how many processes, how the model is wrapped, and its state when it is put together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from model import Block, Model
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["TOPOLOGIES", "Topology", "Wrapped", "full_state", "inner", "start_processes", "wrap"]
+__all__ = ["TOPOLOGIES", "Topology", "Wrapped", "full_state", "inner", "shard", "start_processes", "wrap"]
 
 # Gloo's: how long a rank waits for the others. A cell that hangs must not take the other cells' time.
 TIMEOUT = timedelta(seconds=60)
@@ -49,7 +49,7 @@ TOPOLOGIES = {
         Topology("ddp4", "DDP 4", 4, "ddp"),
         Topology("fsdp2", "FSDP2 2", 2, "fsdp"),
         Topology("fsdp4", "FSDP2 4", 4, "fsdp"),
-        Topology("fsdp2tp2", "FSDP2 2 × TP 2", 4, "fsdp+tp"),
+        Topology("fsdp2tp2", "FSDP2 2, TP 2", 4, "fsdp+tp"),
     )
 }
 
@@ -86,21 +86,27 @@ def wrap(topology: Topology, model: Model) -> Wrapped:
     if topology.wrapper == "ddp":
         return Wrapped(DistributedDataParallel(model), rank, count)
     if topology.wrapper == "fsdp":
-        _shard(model, init_device_mesh("cpu", (count,), mesh_dim_names=("dp",)))
+        shard(model, init_device_mesh("cpu", (count,), mesh_dim_names=("dp",)))
         return Wrapped(model, rank, count)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-    for block in model.blocks:
-        parallelize_module(block, mesh["tp"], plan)
-    _shard(model, mesh["dp"])
+    shard(model, mesh["dp"], mesh["tp"])
     return Wrapped(model, mesh["dp"].get_local_rank(), 2)
 
 
-def _shard(model: Model, mesh: Any) -> None:
+def shard(model: Model, data: DeviceMesh, tensor: DeviceMesh | None = None) -> None:
+    """Shard a model in place.
+
+    Args:
+        model: It is the same on every rank.
+        data: The ranks that FSDP2 shards over.
+        tensor: The ranks that tensor parallelism splits the blocks over.
+    """
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
+        if tensor is not None:
+            parallelize_module(block, tensor, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        fully_shard(block, mesh=data)
     # What is left, the embedding and the head with their one weight, is a group: in one group they stay tied.
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=data)
 
 
 def inner(model: nn.Module) -> Model:
