@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from ckptmgr.state.elastic_sampler import ElasticSampler
     from ckptmgr.state.handlers import register_handler
     from ckptmgr.state.per_sample_seed import PerSampleSeed
+    from ckptmgr.state.selection import Selection
 
 __version__ = "0.1.0"
 
@@ -87,6 +88,7 @@ _HOMES = {
     "ckptmgr.state.elastic_sampler": ["ElasticSampler"],
     "ckptmgr.state.handlers": ["register_handler"],
     "ckptmgr.state.per_sample_seed": ["PerSampleSeed"],
+    "ckptmgr.state.selection": ["Selection"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -116,6 +118,7 @@ __all__ = [
     "PerSampleSeed",
     "Preempted",
     "SaveFailedError",
+    "Selection",
     "StateMismatchError",
     "Union",
     "UnsupportedStateError",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
 import torch
 
@@ -21,14 +22,19 @@ from ckptmgr.loop_state import RESERVED, LoopObjects, SavedPosition, meant_refer
 from ckptmgr.policy.arguments import check_metrics, check_state, check_step, check_switch
 from ckptmgr.policy.from_keywords import retention_from, trigger_from
 from ckptmgr.policy.intervals import Triggers
+from ckptmgr.policy.quantities import parse_duration
 from ckptmgr.policy.retention import RetentionPolicy
 from ckptmgr.preemption import STOPPED, StopSignal, is_wanted_end
-from ckptmgr.run.catalog import Catalog
+from ckptmgr.ranks.group import DEFAULT_TIMEOUT_S, Ranks
+from ckptmgr.run.reference import Reference
 from ckptmgr.schedule import Schedule
 from ckptmgr.state.capture import CapturedEntry, dry_check
 from ckptmgr.state.changed_options import OptionChange
 from ckptmgr.state.data_position import DataPosition
+from ckptmgr.state.divergence import OnDivergence, checked_divergence
+from ckptmgr.state.selection import Selection
 from ckptmgr.state.training_options import OnChangedOptions
+from ckptmgr.topology.join import join_ranks
 from ckptmgr.training_run import Monitor, TrainingRun
 from ckptmgr.words import where_it_begins
 
@@ -66,6 +72,9 @@ class Checkpointer:
             checkpoint, and names those that the program builds otherwise; ``apply`` goes on with the program's.
         storage_options: Passed to the storage. Never recorded.
         background: Write while training goes on. False makes each save wait until it is durable.
+        on_divergence: In a job of several ranks: ``warn`` compares digests of parameters and moments that all ranks
+            should hold alike, at each save, and names what differs; ``raise`` saves nothing then; ``off`` does not look.
+        ranks_timeout: How long a rank may be waited for. In seconds, or a `timedelta`.
 
     Raises:
         UsageError: An argument cannot be meant as it was given.
@@ -101,6 +110,8 @@ class Checkpointer:
         on_changed_options: OnChangedOptions = "keep",
         storage_options: Mapping[str, Any] | None = None,
         background: bool = True,
+        on_divergence: OnDivergence = "warn",
+        ranks_timeout: timedelta | float = DEFAULT_TIMEOUT_S,
     ) -> None:
         self._loop = LoopObjects(check_state(state, reserved=RESERVED), on_changed_options)
         chosen, self._resume = requested_run(run_dir or "", resume, takes_references=False)  # "" is refused
@@ -131,10 +142,14 @@ class Checkpointer:
             monitor=self._monitor,
             storage_options=storage_options,
             background=check_switch(background, of="background"),
-            check=self._loop.check,
+            check=lambda loaded: self._loop.check(loaded, self._selection),
+            on_divergence=checked_divergence(on_divergence),
         )
+        self._selection: Selection | None = None
         self._saves_on_exception = save_on_exception
         self._signal = StopSignal([signal.SIGTERM] if save_on_signal else [])
+        self._ranks_timeout_s = parse_duration(ranks_timeout, of="Checkpointer(ranks_timeout)")
+        self._ranks: Ranks | None = None
         self._run: TrainingRun | None = None
         self._boundary: BoundaryCopy | None = None
         self._data: DataPosition | None = None
@@ -178,7 +193,7 @@ class Checkpointer:
             raise UsageError("resume() was called twice", next="use restore(reference) to go back within one process")
         return self._open(self._resume)
 
-    def restore(self, reference: str) -> int:
+    def restore(self, reference: str, *, selection: Selection | None = None) -> int:
         """Put a checkpoint's state into the live objects.
 
         A selector alone (``best``, ``1200``, a tag) means this run. After `resume`, training then continues from there
@@ -193,14 +208,18 @@ class Checkpointer:
         """
         own, is_own = meant_reference(reference, self._run_dir, self._storage_options)
         if self._run is None or not is_own:
-            return self._loop.restore_alone(own, self._storage_options)
+            return self._restore_alone(own, selection)
         # Before the attempt is ended: what is not there must not cost the run.
         self._run.wait()
-        Catalog(self._run.storage).resolve(own.selector)
+        self._run.refuse_missing(own.selector)
         self._end("preempted")
         self._data = None
         self._schedule.postpone(None)
-        return self._open(own.selector)
+        self._selection = selection
+        try:
+            return self._open(own.selector)
+        finally:
+            self._selection = None
 
     def batches(
         self,
@@ -260,16 +279,13 @@ class Checkpointer:
         self._step = step
         if self._data is not None:
             self._data.mark_step()
-        is_told_to_stop = self._signal.received is not None
-        reason = self._reason_to_save(is_epoch_end=bool(self.is_last_batch), signalled=is_told_to_stop)
+        reason, is_told_to_stop = self._reason_to_save(is_epoch_end=bool(self.is_last_batch))
         if reason is not None:
             self._save(reason)
         elif self._boundary is not None:
             self._boundary.keep(self._capture())
         if is_told_to_stop:
-            self._end("preempted")
-            _log.warning(STOPPED, self._run_dir, step)
-            raise Preempted
+            self._stop()
 
     def save(self, *, tags: Sequence[str] = (), metrics: Mapping[str, float | torch.Tensor] | None = None) -> None:
         """Save now, at the step that was completed last. Call it right after `step`.
@@ -345,17 +361,25 @@ class Checkpointer:
             _log.exception("nothing was saved after the exception")
 
     def _open(self, resume: str) -> int:
-        # A state that could never be saved takes no run over, and creates none.
-        dry_check(self._capture())
-        run = self._open_run_dir(resume=resume)
+        ranks = self._ranks = join_ranks(timeout_s=self._ranks_timeout_s)
+        self._schedule.agree_with(ranks)
+        try:
+            # A state that could never be saved takes no run over, and creates none.
+            ranks.loop.together("looking at the state", lambda: dry_check(self._capture()))
+            run = self._open_run_dir(resume=resume, ranks=ranks, shards=self._loop.shards())
+        except BaseException as error:
+            self._part(error)
+            raise
         try:
             if run.continued is None:
                 _log.info("%s", where_it_begins(self._run_dir, None))
             else:
-                self._restore(run.continued)
+                if self._restore(run.continued):
+                    run.continued = None
             run.accept()
         except BaseException as error:
             run.abandon(error)
+            self._part(error)
             raise
         run.continued = None
         self._run = run
@@ -366,16 +390,22 @@ class Checkpointer:
             self._boundary.keep(self._capture())
         return self._step
 
-    def _restore(self, loaded: LoadedCheckpoint) -> None:
-        restored = self._loop.restore(loaded)
+    def _restore(self, loaded: LoadedCheckpoint) -> bool:
+        restored = self._loop.restore(loaded, self._selection)
         self._step, self._metrics, self._position = restored.step, restored.metrics, restored.position
         data = self._position.tree if self._position else {"epoch": None, "batch": None}
         _log.info("%s", where_it_begins(self._run_dir, self._step, epoch=data["epoch"], nbatches=data["batch"]))
+        return restored.starts_anew
 
-    def _reason_to_save(self, *, is_epoch_end: bool, signalled: bool) -> str | None:
+    def _reason_to_save(self, *, is_epoch_end: bool) -> tuple[str | None, bool]:
         epoch, seen = self._data.epoch if self._data else None, self._open_run().seen
         return self._schedule.reason_to_save(
-            self._step, epoch=epoch, is_epoch_end=is_epoch_end, metrics=self._metrics, seen=seen, signalled=signalled
+            self._step,
+            epoch=epoch,
+            is_epoch_end=is_epoch_end,
+            metrics=self._metrics,
+            seen=seen,
+            signalled=self._signal.received is not None,
         )
 
     def _save_at_epoch_end(self, epoch: int) -> None:
@@ -384,7 +414,7 @@ class Checkpointer:
             self._schedule.postpone(epoch)
         elif self.is_last_batch is None and self._step > self._schedule.saved_step:
             # A loader without a length shows the end of an epoch only when it is asked for one batch more.
-            reason = self._reason_to_save(is_epoch_end=True, signalled=self._signal.received is not None)
+            reason, _ = self._reason_to_save(is_epoch_end=True)
             if reason is not None:
                 self._save(reason)
 
@@ -436,8 +466,28 @@ class Checkpointer:
             if run is not None:
                 run.close(outcome, step=self._step, error=error)
         finally:
+            self._part(sys.exception())
             # Last: a second signal must not end the process while the save that the first one asked for is written.
             self._signal.uninstall()
+
+    def _stop(self) -> NoReturn:
+        # Also on ranks that got no signal: the job ends as one.
+        self._end("preempted")
+        _log.warning(STOPPED, self._run_dir, self._step)
+        raise Preempted
+
+    def _restore_alone(self, reference: Reference, selection: Selection | None) -> int:
+        ranks = self._ranks or join_ranks(timeout_s=self._ranks_timeout_s)
+        try:
+            return self._loop.restore_alone(reference, self._storage_options, selection, ranks=ranks)
+        finally:
+            if ranks is not self._ranks:
+                ranks.close()
+
+    def _part(self, error: BaseException | None) -> None:
+        ranks, self._ranks = self._ranks, None
+        if ranks is not None:
+            ranks.close(error)
 
     def _open_run(self) -> TrainingRun:
         if self._run is None:

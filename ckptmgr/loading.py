@@ -8,15 +8,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError
-from ckptmgr.format.manifest import Manifest
+from ckptmgr.errors import CheckpointNotFoundError, CkptmgrError, CorruptCheckpointError, StorageError
+from ckptmgr.format.layout import CheckpointId, manifest_key
+from ckptmgr.format.manifest import Manifest, decode_manifest
 from ckptmgr.progress import progress
+from ckptmgr.ranks.group import Ranks
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.reader import CheckpointReader
 from ckptmgr.run.reference import Reference, parse_reference
-from ckptmgr.state.codec import load_entries
 from ckptmgr.state.entry import CapturedEntry
+from ckptmgr.state.other_ranks import for_ranks
+from ckptmgr.state.read_entries import load_entries
+from ckptmgr.state.sharding import LiveShards
 from ckptmgr.storage.open import open_storage
+from ckptmgr.storage.protocol import Storage
 from ckptmgr.words import printable_place
 
 __all__ = ["LoadedCheckpoint", "choose_checkpoint", "load_checkpoint"]
@@ -45,7 +50,12 @@ class LoadedCheckpoint:
 
 
 def load_checkpoint(
-    reference: str | Reference, *, names: Sequence[str] | None = None, storage_options: Mapping[str, Any] | None = None
+    reference: str | Reference,
+    *,
+    names: Sequence[str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    ranks: Ranks | None = None,
+    shards: LiveShards | None = None,
 ) -> LoadedCheckpoint:
     """Read a checkpoint without claiming its run.
 
@@ -53,6 +63,8 @@ def load_checkpoint(
         reference: ``RUN_DIR`` or ``RUN_DIR@SELECTOR``.
         names: Only these entries; all by default.
         storage_options: For the storage; never recorded.
+        ranks: The processes that load it together; by default this one alone.
+        shards: Live sharded tensors, of which only this rank's parts are read.
 
     Raises:
         RunNotFoundError, CheckpointNotFoundError: Nothing answers to the reference.
@@ -62,44 +74,90 @@ def load_checkpoint(
     if isinstance(reference, str):
         reference = parse_reference(reference)
     storage = open_storage(reference.run_dir, storage_options=storage_options)
-    catalog = Catalog.of_existing_run(storage)
+    ranks = ranks or Ranks.alone()
+    catalogs: list[Catalog] = []
+
+    def look() -> bool:
+        catalogs.append(Catalog.of_existing_run(storage))
+        return len(catalogs) == 1 or catalogs[0].committed != catalogs[1].committed
+
+    def choose() -> LoadedCheckpoint:
+        catalog = catalogs[-1] if catalogs else None
+        return choose_checkpoint(catalog, storage, reference, names, ranks=ranks, shards=shards)
+
+    ranks.loop.decide("looking into the run", look)
     try:
-        return choose_checkpoint(catalog, reference, names)
+        return choose()
     except CorruptCheckpointError:
         # The run may be alive, and its retention faster than this reader.
-        fresh = Catalog.of_existing_run(storage)
-        if fresh.committed == catalog.committed:
+        if not ranks.loop.decide("looking into the run again", look):
             raise
-        return choose_checkpoint(fresh, reference, names)
+        return choose()
 
 
-def choose_checkpoint(catalog: Catalog, reference: Reference, names: Sequence[str] | None) -> LoadedCheckpoint:
-    """Load the checkpoint that a reference names; for ``latest`` the newest one that is whole.
+def choose_checkpoint(
+    catalog: Catalog | None,
+    storage: Storage,
+    reference: Reference,
+    names: Sequence[str] | None,
+    *,
+    ranks: Ranks,
+    shards: LiveShards | None = None,
+) -> LoadedCheckpoint:
+    """Load the checkpoint that a reference names; for ``latest`` the newest one that is whole. On all ranks the same.
 
     Args:
-        catalog: The run.
+        catalog: The run; rank 0 decides by it, the others need none.
+        storage: The run's root.
         reference: Names the checkpoint; its run directory is only told on.
         names: Only these entries; all if None.
+        ranks: The processes that load it together. What one of them finds damaged is set aside by all.
+        shards: Live sharded tensors, of which only this rank's parts are read.
 
     Raises:
         CheckpointNotFoundError, CorruptCheckpointError: As `load_checkpoint`.
+        RankFailure: A rank cannot read it, is gone, or late.
     """
-    if reference.selector != "latest":
-        return _load(catalog, catalog.resolve(reference.selector), reference.run_dir, names)
     failures: list[str] = []
-    for manifest in _candidates(catalog, failures):
+    proposals = _proposals(catalog, reference, failures) if catalog is not None else iter(())
+
+    def propose() -> str:
+        for manifest in proposals:
+            return manifest.checkpoint
+        assert catalog is not None
+        raise _none_left(catalog, failures)
+
+    while True:
+        checkpoint = CheckpointId.parse(ranks.loop.decide("choosing the checkpoint to restore", propose))
+
+        def load(checkpoint: CheckpointId = checkpoint) -> LoadedCheckpoint:
+            manifest = _manifest(storage, checkpoint) if catalog is None else catalog.manifest(checkpoint)
+            return _load(storage, manifest, reference.run_dir, names, ranks, shards)
+
         try:
-            return _load(catalog, manifest, reference.run_dir, names)
+            return ranks.loop.together(f"reading {checkpoint}", load)
         except CorruptCheckpointError as error:
+            if reference.selector != "latest":
+                raise
             failures.append(f"{error.what}: {error.why}")
-            _log.warning("set aside the checkpoint of step %d: %s", manifest.step, error)
+            _log.warning("set aside the checkpoint of step %d: %s", checkpoint.step, error)
+
+
+def _proposals(catalog: Catalog, reference: Reference, failures: list[str]) -> Iterator[Manifest]:
+    if reference.selector != "latest":
+        yield catalog.resolve(reference.selector)
+    else:
+        yield from _candidates(catalog, failures)
+
+
+def _none_left(catalog: Catalog, failures: Sequence[str]) -> CkptmgrError:
     if failures:
-        raise CorruptCheckpointError(
+        return CorruptCheckpointError(
             f"none of the {len(failures)} checkpoints in {catalog.storage.url} is whole",
             why="; ".join(failures),
             next=f"`ckptmgr verify {catalog.storage.url}` names every damage; resume='never' starts from nothing",
         )
-    raise CheckpointNotFoundError(
+    return CheckpointNotFoundError(
         f"no committed checkpoint in {catalog.storage.url}",
         next=f"`ckptmgr ls {catalog.storage.url}` shows what is there",
     )
@@ -118,8 +176,30 @@ def _candidates(catalog: Catalog, failures: list[str]) -> Iterator[Manifest]:
             _log.warning("set aside the checkpoint of step %d, which is not intact: %s", checkpoint.step, reason)
 
 
-def _load(catalog: Catalog, manifest: Manifest, run_dir: str, names: Sequence[str] | None) -> LoadedCheckpoint:
+def _manifest(storage: Storage, checkpoint: CheckpointId) -> Manifest:
+    """Read a manifest that rank 0 has found."""
+    key = manifest_key(checkpoint)
+    try:
+        data = storage.read(key)
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"{key} is not in {storage.url}, as this rank sees it",
+            why="rank 0 has found it there",
+            next="the run directory must be the same place on all hosts: a shared file system, or an object store",
+        ) from error
+    return decode_manifest(data, where=key, checkpoint=checkpoint)
+
+
+def _load(
+    storage: Storage,
+    manifest: Manifest,
+    run_dir: str,
+    names: Sequence[str] | None,
+    ranks: Ranks,
+    shards: LiveShards | None,
+) -> LoadedCheckpoint:
     nbytes = sum(tensor.nbytes for tensor in manifest.tensors if names is None or tensor.entry in names)
     with progress(f"restoring step {manifest.step} of {printable_place(run_dir)}", nbytes) as advance:
-        entries = load_entries(CheckpointReader(catalog.storage, manifest, advance), names)
-    return LoadedCheckpoint(manifest, entries, run_dir)
+        reader = CheckpointReader(storage, manifest, advance)
+        entries = load_entries(reader, names, rank=ranks.rank, world_size=ranks.world_size, live=shards)
+    return LoadedCheckpoint(manifest, for_ranks(entries, manifest, ranks), run_dir)

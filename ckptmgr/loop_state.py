@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch.optim import Optimizer
 
-from ckptmgr.errors import StateMismatchError
+from ckptmgr.errors import StateMismatchError, UsageError
 from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
+from ckptmgr.ranks.group import Ranks
 from ckptmgr.run.reference import Reference, parse_reference
 from ckptmgr.state.capture import CapturedEntry, capture_state, check_state, restore_state
 from ckptmgr.state.changed_options import OptionChange
 from ckptmgr.state.data_position import DataPosition
 from ckptmgr.state.loader_facts import describe_loader
+from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.renamed_entries import in_live_names
 from ckptmgr.state.rng import capture_rng, restore_rng
+from ckptmgr.state.selected import SelectedState, select_state
+from ckptmgr.state.selection import Selection, SelectionReport
+from ckptmgr.state.sharding import LiveShards
 from ckptmgr.state.training_options import OnChangedOptions, TrainingOptions
 from ckptmgr.storage.open import open_storage
 
@@ -36,6 +41,7 @@ RESERVED = "ckptmgr_"
 """Names of entries that begin so are ours."""
 
 _RNG, _DATA, _PROGRESS = f"{RESERVED}rng", f"{RESERVED}data", f"{RESERVED}progress"
+_WORDS = {"data": _DATA, "rng": _RNG, "progress": _PROGRESS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +59,15 @@ class RestoredLoop:
     Attributes:
         step: Optimizer updates completed.
         metrics: Those of that step.
-        position: None where the loop had no data of `batches`.
+        position: None where the loop had no data of `batches`, or where it is not restored.
+        starts_anew: Steps are counted from 0, so the run's line must not go on from the checkpoint: the steps that
+            come would lie before it, and the next resume would go back to it.
     """
 
     step: int
     metrics: dict[str, float]
     position: SavedPosition | None
+    starts_anew: bool = False
 
 
 class LoopObjects:
@@ -70,16 +79,22 @@ class LoopObjects:
 
     Attributes:
         options: The options that training follows.
+        report: What the last selective restore did not restore; None where there was none.
     """
 
     def __init__(self, state: Mapping[str, object], on_changed_options: OnChangedOptions) -> None:
         self._state = state
+        self.report: SelectionReport | None = None
         self.options = TrainingOptions(state, on_changed_options)
 
     @property
     def optimizers(self) -> list[Optimizer]:
         """The optimizers among the user's objects."""
         return [value for value in self._state.values() if isinstance(value, Optimizer)]
+
+    def shards(self) -> LiveShards:
+        """Return the sharded parameters of the user's modules."""
+        return ParameterNames.of_state(self._state).shards()
 
     def capture(
         self, *, step: int, metrics: Mapping[str, float], data: DataPosition | None, position: SavedPosition | None
@@ -98,54 +113,138 @@ class LoopObjects:
         if data is not None:
             tree, rng = data.state_dict(), data.pending_rng
         if tree is not None:
-            entries.append(CapturedEntry(_DATA, "data-position", 1, tree))
+            entries.append(CapturedEntry(_DATA, "data-position", 1, tree, "per-rank"))
         progress = {"step": step, "metrics": dict(metrics), "options": self.options.in_force}
         entries.append(CapturedEntry(_PROGRESS, "progress", 1, progress))
-        entries.append(CapturedEntry(_RNG, "rng", 1, dict(rng or capture_rng())))
+        entries.append(CapturedEntry(_RNG, "rng", 1, dict(rng or capture_rng()), "per-rank"))
         return entries
 
-    def check(self, loaded: LoadedCheckpoint) -> None:
+    def check(self, loaded: LoadedCheckpoint, selection: Selection | None = None) -> None:
         """Compare a checkpoint with the user's objects. Changes nothing.
+
+        Args:
+            loaded: The checkpoint.
+            selection: What of it is to be restored; all by default.
 
         Raises:
             StateMismatchError: It does not fit, or was not saved from a plain loop.
+            UsageError: The selection does not fit the checkpoint and the objects.
         """
-        check_loop(self._state, loaded)
-        self._check_options(loaded)
+        if selection is None:
+            check_loop(self._state, loaded)
+            self._check_options(loaded)
+            return
+        _refuse_other_savers(loaded)
+        selected = self._select(loaded, selection)
+        selected.check()
+        self._check_selected_options(loaded, selected)
 
-    def restore(self, loaded: LoadedCheckpoint) -> RestoredLoop:
+    def restore(self, loaded: LoadedCheckpoint, selection: Selection | None = None) -> RestoredLoop:
         """Put a checkpoint into the user's objects and the RNG.
+
+        Args:
+            loaded: The checkpoint.
+            selection: What of it to restore; all by default. What was not restored is logged.
 
         Raises:
             StateMismatchError: It does not fit, or was not saved from a plain loop. Nothing was changed.
+            UsageError: The selection does not fit the checkpoint and the objects. Nothing was changed.
         """
         _refuse_other_savers(loaded)
-        options = self._check_options(loaded)
-        restore_state(self._state, _of_user(loaded))
+        words = self._restore_objects(loaded, selection)
         own = loaded.entries
-        self.options.take_up(options)
-        rng = own[_RNG].tree
-        for note in restore_rng(rng):
-            _log.warning("%s", note)
-        position = SavedPosition(own[_DATA].tree, rng) if _DATA in own else None
+        rng: Mapping[str, Any] = capture_rng()
+        if "rng" in words:
+            rng = own[_RNG].tree
+            for note in restore_rng(rng):
+                _log.warning("%s", note)
+        position = SavedPosition(own[_DATA].tree, rng) if _DATA in own and "data" in words else None
+        if "progress" not in words:
+            return RestoredLoop(0, {}, position, starts_anew=True)
         return RestoredLoop(loaded.manifest.step, dict(own[_PROGRESS].tree["metrics"]), position)
 
-    def restore_alone(self, reference: Reference, storage_options: Mapping[str, Any] | None) -> int:
+    def restore_alone(
+        self,
+        reference: Reference,
+        storage_options: Mapping[str, Any] | None,
+        selection: Selection | None = None,
+        *,
+        ranks: Ranks,
+    ) -> int:
         """Put another run's checkpoint into the user's objects alone, and return its step.
 
         Args:
             reference: Names the checkpoint.
             storage_options: For a URL; a path takes none.
+            selection: What of the objects to restore; all by default. Without ``progress`` the step is 0. What was not
+                restored is logged.
+            ranks: The processes that do it together.
 
         Raises:
-            StateMismatchError, CheckpointNotFoundError, CorruptCheckpointError: Nothing was changed.
+            StateMismatchError, CheckpointNotFoundError, CorruptCheckpointError: Nothing was changed, on any rank.
+            UsageError: The selection does not fit the checkpoint and the objects. Nothing was changed.
         """
         storage_options = _options_for(reference.run_dir, storage_options)
-        loaded = load_checkpoint(reference, names=[*self._state, _PROGRESS], storage_options=storage_options)
-        options = self._check_options(loaded)
-        restore_state(self._state, _of_user(loaded))
+        names = [*self._state]
+        if selection is not None:
+            names = [name for name in self._state if selection.may_take(name)] + list(selection.sources)
+        loaded = load_checkpoint(
+            reference,
+            names=[*names, _PROGRESS],
+            storage_options=storage_options,
+            ranks=ranks,
+            shards=self.shards(),
+        )
+        if ranks.world_size > 1:
+            ranks.loop.together(
+                "comparing the checkpoint with the live objects", lambda: self._check_alone(loaded, selection)
+            )
+        words = self._restore_objects(loaded, selection, alone=True)
+        return loaded.manifest.step if "progress" in words else 0
+
+    def _restore_objects(
+        self, loaded: LoadedCheckpoint, selection: Selection | None, *, alone: bool = False
+    ) -> Collection[str]:
+        """Restore the user's objects and their options; return the words of what else is to be restored."""
+        self.report = None
+        if selection is None:
+            options = self._check_options(loaded)
+            restore_state(self._state, _of_user(loaded))
+            self.options.take_up(options)
+            return _WORDS.keys()
+        selected = self._select(loaded, selection, alone=alone)
+        options = self._check_selected_options(loaded, selected)
+        selected.restore()
         self.options.take_up(options)
-        return loaded.manifest.step
+        self.report = selected.report
+        selected.tell(loaded.reference)
+        return selected.words
+
+    def _check_alone(self, loaded: LoadedCheckpoint, selection: Selection | None) -> None:
+        if selection is None:
+            check_state(self._state, _of_user(loaded))
+        else:
+            self._select(loaded, selection, alone=True).check()
+
+    def _select(self, loaded: LoadedCheckpoint, selection: Selection, *, alone: bool = False) -> SelectedState:
+        stored = {entry.name for entry in loaded.manifest.entries}
+        # Of another run nobody has asked for what the program has not, nor for where its loop stood.
+        unread = {*(stored - self._state.keys()), _DATA, _RNG} - {_PROGRESS} if alone else ()
+        selected = select_state(
+            self._state,
+            _of_user(loaded),
+            selection,
+            words=_WORDS,
+            absent=[word for word, entry in _WORDS.items() if entry not in stored],
+            unread=sorted(unread),
+        )
+        if alone and not selected.entries:
+            raise UsageError(
+                f"nothing of {loaded.reference} is left for the objects of this program",
+                why="a restore from another run puts its state into the objects alone",
+                next="select one of the entries: " + ", ".join(self._state),
+            )
+        return selected
 
     def position_in(
         self,
@@ -176,6 +275,13 @@ class LoopObjects:
         renamed = in_live_names(self._state, loaded.entries)
         options = renamed.options(_options_in(loaded), loaded.entries)
         self.options.check(options, {name: entry.tree for name, entry in renamed.entries.items()})
+        return options
+
+    def _check_selected_options(self, loaded: LoadedCheckpoint, selected: SelectedState) -> Mapping[str, Any] | None:
+        """Do the same for what is selected; options that are left out are this program's in any case."""
+        options = selected.options(_options_in(loaded), loaded.entries)
+        trees = {name: entry.tree for name, entry in selected.entries.items()}
+        self.options.check(options, trees, live_options=selected.live_options)
         return options
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
-from ckptmgr.policy.triggers import MetricSpan, Moment, Trigger
+from ckptmgr.policy.triggers import MetricSpan, Moment, Trigger, known_everywhere, may_need_any_step
+from ckptmgr.ranks.group import Ranks
+from ckptmgr.ranks.steps import StepAgreement
 
 __all__ = ["Schedule"]
 
@@ -24,6 +27,8 @@ class Schedule:
     def __init__(self, trigger: Trigger, clock: Callable[[], float] = time.monotonic) -> None:
         self.saved_step = 0
         self._trigger = trigger
+        self._known = known_everywhere(trigger)
+        self._steps = StepAgreement(Ranks.alone().loop)
         self._clock = clock
         self._saved_at = clock()
         self._postponed_epoch: int | None = None
@@ -36,6 +41,10 @@ class Schedule:
         """Put the end of an epoch off to the next step: gradients are pending, and they are in no checkpoint."""
         self._postponed_epoch = epoch
 
+    def agree_with(self, ranks: Ranks) -> None:
+        """Decide together with the other ranks of the job."""
+        self._steps = StepAgreement(ranks.loop, talks_always=may_need_any_step(self._trigger))
+
     def reason_to_save(
         self,
         step: int,
@@ -45,8 +54,11 @@ class Schedule:
         metrics: Mapping[str, float],
         seen: Mapping[str, MetricSpan],
         signalled: bool,
-    ) -> str | None:
-        """Return why to save now, or None. The arguments are those of `Moment`."""
+    ) -> tuple[str | None, bool]:
+        """Return why to save now, or None; and whether to stop. The same on every rank.
+
+        The arguments are those of `Moment`; rank 0's metrics count, and a signal that any rank has got.
+        """
         if self._postponed_epoch is not None:
             epoch, is_epoch_end, self._postponed_epoch = self._postponed_epoch, True, None
         moment = Moment(
@@ -57,6 +69,10 @@ class Schedule:
             seconds_since_save=self._clock() - self._saved_at,
             metrics=metrics,
             seen=seen,
-            signalled=signalled,
         )
-        return self._trigger.reason_to_save(moment)
+        return self._steps.at_step(
+            f"step {step}",
+            is_told_to_stop=signalled,
+            decide=lambda must_stop: self._trigger.reason_to_save(replace(moment, signalled=must_stop)),
+            known=lambda: self._known.reason_to_save(moment),
+        )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -15,33 +14,32 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ckptmgr.errors import CheckpointNotFoundError, CkptmgrError, UsageError
-from ckptmgr.fork import refuse_cut_off_fork
-from ckptmgr.format.layout import MAX_STEP, RUN_MARKER, CheckpointId, attempt_key, note_key
-from ckptmgr.format.manifest import Continuation, EntryRecord, Manifest, Note, Outcome, RunMarker, metric_to_value
-from ckptmgr.format.payload import FilePayload
+from ckptmgr.claim import RunClaim
+from ckptmgr.errors import CkptmgrError, UsageError
+from ckptmgr.format.layout import MAX_STEP, CheckpointId, note_key
+from ckptmgr.format.manifest import Continuation, EntryRecord, Manifest, Note, Outcome, metric_to_value
 from ckptmgr.format.record import FORMAT_VERSION, encode_record
-from ckptmgr.launch.experiment import current_experiment
+from ckptmgr.joint_save import JointSaves
 from ckptmgr.launch.redact import redact_text, secret_values
 from ckptmgr.launch.relaunch import RUN_DIR_VARIABLE
-from ckptmgr.launch.requested import hint_at_choice
-from ckptmgr.launch.start_record import describe_start
-from ckptmgr.loading import LoadedCheckpoint, choose_checkpoint, load_checkpoint
+from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
 from ckptmgr.policy.retention import CheckpointFacts, RetentionPolicy, best, plan
 from ckptmgr.policy.triggers import MetricSpan, widen_spans
+from ckptmgr.ranks.group import Ranks
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.clock import utc_now
-from ckptmgr.run.commit import CheckpointFields, commit_checkpoint
+from ckptmgr.run.commit import CheckpointFields
 from ckptmgr.run.environment import recorded_versions
-from ckptmgr.run.facts import facts_of
-from ckptmgr.run.lineage import claim_attempt, record_end, record_line, refuse_if_fenced
+from ckptmgr.run.facts import facts_from_plain, facts_to_plain
+from ckptmgr.run.lineage import record_end, record_line, refuse_if_fenced
 from ckptmgr.run.prune import collect_temporary, collect_torn, delete_checkpoints
-from ckptmgr.run.reference import Reference, checked_tags
-from ckptmgr.state.capture import CapturedEntry, dry_check
+from ckptmgr.run.reference import checked_tags
+from ckptmgr.state.capture import CapturedEntry
+from ckptmgr.state.divergence import OnDivergence
+from ckptmgr.state.sharding import LiveShards
 from ckptmgr.state.snapshot import SnapshotBuffers
 from ckptmgr.storage.open import open_storage
 from ckptmgr.storage.protocol import Storage
-from ckptmgr.topology import refuse_several_ranks
 from ckptmgr.words import format_nbytes, format_seconds, printable_place
 from ckptmgr.writer import BackgroundWriter
 
@@ -81,6 +79,8 @@ class TrainingRun:
         retention: RetentionPolicy,
         monitor: Monitor | None,
         background: bool,
+        ranks: Ranks,
+        on_divergence: OnDivergence,
     ) -> None:
         self.run_dir = run_dir
         self.storage = storage
@@ -89,6 +89,8 @@ class TrainingRun:
         self._retention = retention
         self._writer = BackgroundWriter(background=background)
         self._buffers = SnapshotBuffers()
+        self._ranks = ranks
+        self._joint = JointSaves(ranks, on_divergence)
         self._attempt = 0
         self._nsaves = 0
         self._nnotes = 0
@@ -97,7 +99,6 @@ class TrainingRun:
         self._facts: dict[CheckpointId, CheckpointFacts] = {}
         self.seen: dict[str, MetricSpan] = {}
         self._dropping: set[CheckpointId] = set()
-        self._is_checked = False
         self._has_told_monitor = False
         self._is_accepted = False
         self._is_closed = False
@@ -118,8 +119,11 @@ class TrainingRun:
         storage_options: Mapping[str, Any] | None = None,
         background: bool = True,
         check: Callable[[LoadedCheckpoint], None] = lambda loaded: None,
+        ranks: Ranks | None = None,
+        shards: LiveShards | None = None,
+        on_divergence: OnDivergence = "warn",
     ) -> TrainingRun:
-        """Claim a run, creating it if need be, and load what it continues.
+        """Claim a run, creating it if need be, and load what it continues. All ranks of a job do it together.
 
         The caller restores `continued` and then calls `accept`. Until then the attempt fences older ones but has no
         line.
@@ -134,41 +138,38 @@ class TrainingRun:
             background: Whether saves are written while training goes on.
             check: Raises if a checkpoint does not fit. Asked before the claim: who cannot use a run does not take it
                 away from the process that trains in it.
+            ranks: The processes of the job; by default this one alone. Rank 0 decides, claims and commits.
+            shards: Live sharded tensors, of which only this rank's parts are loaded.
+            on_divergence: What to do when ranks that should hold the same parameters and moments do not.
 
         Raises:
             CheckpointNotFoundError: ``resume`` wants a checkpoint that is not there.
             FormatVersionError: The run was made by a newer format.
-            TopologyError: The job has several ranks.
+            RankFailure: A rank failed, is gone, or late.
             CorruptCheckpointError: There are checkpoints, and none of them is whole.
             CkptmgrError: Whatever ``check`` raises. In all these cases nothing was claimed.
         """
-        refuse_several_ranks()
+        ranks = ranks or Ranks.alone()
         storage = open_storage(run_dir, storage_options=storage_options)
-        run = cls(run_dir, storage, retention=retention, monitor=monitor, background=background)
-        selector = "latest" if resume in ("auto", "must", "never") else resume
-        catalog = before = Catalog(storage)
-        if resume not in ("auto", "never"):
-            try:
-                Catalog.of_existing_run(storage).resolve(selector)
-            except CheckpointNotFoundError as error:
-                raise hint_at_choice(error, resume) from error
-        refuse_cut_off_fork(catalog, run_dir)
-        run_id = catalog.run_id
-        wanted = Reference(run_dir, selector)
-        if resume != "never" and (catalog.on_line or resume != "auto"):
-            run.continued = choose_checkpoint(catalog, wanted, None)
-            check(run.continued)
-        if not catalog.is_run:
-            _create_marker(storage, run_id or secrets.token_hex(8))
-        run._attempt = claim_attempt(storage, catalog.attempts).attempt
-        # Listed again: what was committed before the claim, and only that, can be chosen.
-        catalog = Catalog(storage)
-        run._run_id = catalog.run_id or ""
-        _record_start(storage, run._attempt, run_dir)
-        if resume != "never" and catalog.on_line != before.on_line:
+        run = cls(
+            run_dir,
+            storage,
+            retention=retention,
+            monitor=monitor,
+            background=background,
+            ranks=ranks,
+            on_divergence=on_divergence,
+        )
+        claim = RunClaim(storage, run_dir, resume, ranks)
+        if claim.look():
+            run.continued = claim.choose(shards)
+            loaded = run.continued
+            ranks.loop.together("comparing the checkpoint with the live objects", lambda: check(loaded))
+        run._run_id, run._attempt = claim.claim()
+        if claim.has_changed:
             try:
                 run.continued = None
-                run.continued = choose_checkpoint(catalog, wanted, None)
+                run.continued = claim.choose(shards)
             except CkptmgrError as error:
                 run.abandon(error)
                 raise
@@ -183,14 +184,19 @@ class TrainingRun:
     def accept(self) -> None:
         """Record that this attempt continues what was loaded. From now on the run's line leads through it."""
         manifest = self.continued.manifest if self.continued else None
-        self._continuation = record_line(self.storage, self._attempt, manifest)
+
+        def accept() -> list[dict[str, Any]]:
+            self._continuation = record_line(self.storage, self._attempt, manifest)
+            catalog = Catalog(self.storage, known={manifest.id: manifest} if manifest else None)
+            intact = [checkpoint for checkpoint in catalog.on_line if catalog.why_not_intact(checkpoint) is None]
+            self._known = {checkpoint: catalog.manifest(checkpoint) for checkpoint in intact}
+            return [facts_to_plain(catalog.facts(checkpoint)) for checkpoint in intact]
+
+        told = self._ranks.loop.decide("accepting what is continued", accept)
         self._is_accepted = True
-        catalog = Catalog(self.storage, known={manifest.id: manifest} if manifest else None)
-        for checkpoint in catalog.on_line:
-            if catalog.why_not_intact(checkpoint) is None:
-                self._known[checkpoint] = catalog.manifest(checkpoint)
-                self._facts[checkpoint] = catalog.facts(checkpoint)
-                self.seen = widen_spans(self.seen, self._facts[checkpoint].metrics)
+        for facts in map(facts_from_plain, told):
+            self._facts[CheckpointId.parse(facts.id)] = facts
+            self.seen = widen_spans(self.seen, facts.metrics)
 
     def save(
         self,
@@ -225,19 +231,23 @@ class TrainingRun:
         if step > MAX_STEP:
             raise UsageError(f"step {step} is larger than {MAX_STEP}", why="a checkpoint's name has ten digits for it")
         began = time.monotonic()
-        if not self._is_checked:
-            dry_check(entries)
-            self._is_checked = True
         name = f"the save of step {step}"
         self._wait_for_writer(name)
-        files = self._buffers.snapshot(entries)
+        encoders, share = self._joint.agree(name, entries)
+        # All ranks have a snapshot, or none of them goes on.
+        files = self._ranks.loop.together(
+            f"the snapshot of step {step}",
+            lambda: self._buffers.snapshot(entries, encoders=encoders, share=share),
+        )
         checkpoint = CheckpointId(step, self._attempt, self._nsaves)
         self._nsaves += 1
         self.seen = widen_spans(self.seen, metrics or {})
         fields = CheckpointFields(
             run_id=self._run_id,
             reason=reason,
-            entries=tuple(EntryRecord(name=e.name, handler=e.handler, handler_version=e.version) for e in entries),
+            entries=tuple(
+                EntryRecord(name=e.name, handler=e.handler, handler_version=e.version, scope=e.scope) for e in entries
+            ),
             epoch=epoch,
             metrics=dict(metrics or {}),
             monitor=self.monitor.metric if self.monitor else None,
@@ -247,7 +257,13 @@ class TrainingRun:
             environment=self._environment,
         )
         blocked_s = time.monotonic() - began
-        self._writer.submit(name, lambda: self._commit(checkpoint, files, fields, began, blocked_s))
+        by_name = {entry.name: encoder for entry, encoder in zip(entries, encoders, strict=True)}
+
+        def commit() -> None:
+            facts, manifest = self._joint.write(name, self.storage, checkpoint, files, fields, by_name)
+            self._note_committed(facts, manifest, began, blocked_s)
+
+        self._writer.submit(name, commit)
         if wait:
             self.wait()
         return checkpoint
@@ -267,8 +283,13 @@ class TrainingRun:
             metrics={name: metric_to_value(value) for name, value in (metrics or {}).items()},
             tags=tags,
         )
-        refuse_if_fenced(self.storage, self._attempt)
-        self.storage.write(note_key(checkpoint, self._attempt, self._nnotes), [encode_record(note)], exclusive=True)
+
+        def write() -> None:
+            refuse_if_fenced(self.storage, self._attempt)
+            key = note_key(checkpoint, self._attempt, self._nnotes)
+            self.storage.write(key, [encode_record(note)], exclusive=True)
+
+        self._ranks.loop.decide(f"adding to the checkpoint of step {checkpoint.step}", write)
         self._nnotes += 1
         self.seen = widen_spans(self.seen, metrics or {})
         known = self._facts.get(checkpoint)
@@ -316,6 +337,18 @@ class TrainingRun:
         found = best(list(self._facts.values()), self.monitor.metric, self.monitor.mode)
         return None if found is None else (CheckpointId.parse(found.id), found.metrics[self.monitor.metric])
 
+    def refuse_missing(self, selector: str) -> None:
+        """Raise if nothing in the run answers to a selector.
+
+        Raises:
+            CheckpointNotFoundError: Nothing does.
+        """
+
+        def look() -> None:
+            Catalog(self.storage).resolve(selector)
+
+        self._ranks.loop.decide(f"looking for {selector}", look)
+
     def wait(self) -> None:
         """Wait until the last save is durable.
 
@@ -354,7 +387,8 @@ class TrainingRun:
     def _record_end(self, outcome: Outcome, step: int | None, error: str | None) -> None:
         if error is not None:
             error = redact_text(error, secret_values(os.environ))[:_MAX_ERROR_LENGTH]
-        record_end(self.storage, self._attempt, outcome, step=step, error=error)
+        if self._ranks.leads and self._attempt:
+            record_end(self.storage, self._attempt, outcome, step=step, error=error)
 
     def _refuse_in_fork(self, action: str) -> None:
         if os.getpid() != self._pid:
@@ -376,22 +410,18 @@ class TrainingRun:
             self._has_waited = True
             _log.warning("%s waited %.2f s: saves are due faster than the storage takes them", name, waited_s)
 
-    def _commit(
-        self,
-        checkpoint: CheckpointId,
-        files: Sequence[FilePayload],
-        fields: CheckpointFields,
-        began: float,
-        blocked_s: float,
+    def _note_committed(
+        self, facts: CheckpointFacts, manifest: Manifest | None, began: float, blocked_s: float
     ) -> None:
-        manifest = commit_checkpoint(self.storage, checkpoint, files, fields)
-        _log.info(
-            "saved step %d (%s): %s in %s; training blocked %s, durable after %s",
-            *(checkpoint.step, fields.reason, format_nbytes(manifest.nbytes), printable_place(self.run_dir)),
-            *(format_seconds(blocked_s), format_seconds(time.monotonic() - began)),
-        )
-        self._known[checkpoint] = manifest
-        self._facts[checkpoint] = facts_of(manifest)
+        checkpoint = CheckpointId.parse(facts.id)
+        if manifest is not None:
+            _log.info(
+                "saved step %d (%s): %s in %s; training blocked %s, durable after %s",
+                *(checkpoint.step, manifest.reason, format_nbytes(manifest.nbytes), printable_place(self.run_dir)),
+                *(format_seconds(blocked_s), format_seconds(time.monotonic() - began)),
+            )
+            self._known[checkpoint] = manifest
+        self._facts[checkpoint] = facts
         self._retain()
 
     def _retain(self) -> None:
@@ -402,15 +432,9 @@ class TrainingRun:
 
     def _delete(self, drop: set[CheckpointId]) -> None:
         try:
-            catalog = Catalog(self.storage, known=self._known)
-            refuse_if_fenced(self.storage, self._attempt)
-            if catalog.line.head != self._attempt:
-                _log.warning("nothing old is deleted: the line of attempt %d cannot be read", self._attempt)
-                return
-            # Checkpoints beside the line stay: who went back by mistake, or started anew, finds all of them again.
-            delete_checkpoints(catalog, drop)
-            collect_torn(catalog, self._attempt)
-            collect_temporary(catalog, self._attempt)
+            # The other ranks only keep in mind what rank 0 deletes.
+            if self._ranks.leads:
+                self._delete_stored(drop)
         except CkptmgrError as error:
             # The save itself is durable. What could not be deleted is tried again at the next one.
             _log.warning("could not delete old checkpoints: %s", error)
@@ -419,14 +443,16 @@ class TrainingRun:
             self._facts.pop(checkpoint, None)
             self._known.pop(checkpoint, None)
 
-
-def _record_start(storage: Storage, attempt: int, run_dir: str) -> None:
-    experiment = current_experiment()
-    if experiment is not None:
-        # Before the record that holds their digests.
-        storage.write(attempt_key(attempt, "config"), [experiment.config.encode()])
-        storage.write(attempt_key(attempt, "resolved"), [experiment.resolved.encode()])
-    storage.write(attempt_key(attempt, "start"), [encode_record(describe_start(run_dir=run_dir))])
+    def _delete_stored(self, drop: set[CheckpointId]) -> None:
+        catalog = Catalog(self.storage, known=self._known)
+        refuse_if_fenced(self.storage, self._attempt)
+        if catalog.line.head != self._attempt:
+            _log.warning("nothing old is deleted: the line of attempt %d cannot be read", self._attempt)
+            return
+        # Checkpoints beside the line stay: who went back by mistake, or started anew, finds all of them again.
+        delete_checkpoints(catalog, drop)
+        collect_torn(catalog, self._attempt)
+        collect_temporary(catalog, self._attempt)
 
 
 def _tell_unclosed(run_dir: str, pid: int) -> None:
@@ -434,11 +460,3 @@ def _tell_unclosed(run_dir: str, pid: int) -> None:
         _log.warning(
             "%s was not closed: what was trained after its last save is lost; use `with`, or call close()", run_dir
         )
-
-
-def _create_marker(storage: Storage, run_id: str) -> None:
-    marker = RunMarker(version=FORMAT_VERSION, run_id=run_id, created_at=utc_now())
-    try:
-        storage.write(RUN_MARKER, [encode_record(marker)], exclusive=True)
-    except FileExistsError:
-        return  # Another process created the same run at the same moment.

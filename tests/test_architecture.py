@@ -14,12 +14,13 @@ PACKAGE = Path(ckptmgr.__file__).parent
 
 FLOORS = [
     {"errors", "words"},
-    {"format", "progress"},
+    {"format", "progress", "ranks"},
     {"policy", "storage"},
     {"run"},
     {"state", "launch"},
     {"writer", "boundary", "preemption", "loading", "topology", "config", "instantiate", "fork"},
-    {"training_run", "loop_state", "schedule"},
+    {"claim", "joint_save", "loop_state", "schedule"},
+    {"training_run"},
     {"checkpointer"},
     {"lightning"},
     {"experiment"},
@@ -40,6 +41,7 @@ ALLOWED = {
     "writer": set(),
     "preemption": set(),
     "progress": {"rich"},
+    "ranks": set(),
     "config": {"omegaconf", "yaml"},
     "instantiate": set(),
 }
@@ -152,6 +154,7 @@ def test_the_public_names_are_these() -> None:
         "PerSampleSeed",
         "Preempted",
         "SaveFailedError",
+        "Selection",
         "StateMismatchError",
         "Union",
         "UnsupportedStateError",

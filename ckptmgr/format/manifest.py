@@ -305,7 +305,9 @@ def check_manifest(manifest: Manifest) -> None:
     if any(not 0 <= index < len(manifest.files) for index in manifest.states):
         raise ValueError("a state document is not among the files")
     if manifest.version >= RANKS_VERSION and len(manifest.states) != manifest.topology.world_size:
-        raise ValueError(f"{len(manifest.states)} state documents are not those of {manifest.topology.world_size} ranks")
+        raise ValueError(
+            f"{len(manifest.states)} state documents are not those of {manifest.topology.world_size} ranks"
+        )
     names = {entry.name for entry in manifest.entries}
     if len(names) != len(manifest.entries):
         raise ValueError("an entry is listed twice")

@@ -33,9 +33,14 @@ __all__ = [
     "assemble",
     "capture_entries",
     "check_model",
+    "drivers_of",
+    "numbered",
+    "optimizer_order",
     "options_of",
     "plain_checkpoint",
     "restore_optimizers_and_schedulers",
+    "same_number",
+    "scheduler_handler",
 ]
 
 
@@ -83,7 +88,7 @@ def capture_entries(
     if weights_only:
         return [model, trainer_entry]
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    tree["lr_schedulers"] = [_scheduler_handler(scheduler).capture(scheduler, names) for scheduler in schedulers]
+    tree["lr_schedulers"] = [scheduler_handler(scheduler).capture(scheduler, names) for scheduler in schedulers]
     tree["options"] = dict(options)
     tree["metrics"] = capture_metrics(trainer)
     if trainer.loggers:
@@ -92,7 +97,7 @@ def capture_entries(
     handler = OptimizerHandler()
     optimizers = [
         CapturedEntry(
-            _numbered("optimizer", i, len(optimizer_states)), handler.name, handler.version, handler.capture(o, names)
+            numbered("optimizer", i, len(optimizer_states)), handler.name, handler.version, handler.capture(o, names)
         )
         for i, o in enumerate(trainer.optimizers)
     ]
@@ -152,7 +157,7 @@ def check_model(module: Any, loaded: LoadedCheckpoint) -> None:
 
 def options_of(trainer: Any, mode: OnChangedOptions) -> TrainingOptions:
     """Return the options that a Trainer's optimizers and schedulers were built with, before anything is restored."""
-    return TrainingOptions({MODEL: trainer.lightning_module, **_drivers(trainer)}, mode)
+    return TrainingOptions({MODEL: trainer.lightning_module, **drivers_of(trainer)}, mode)
 
 
 def restore_optimizers_and_schedulers(trainer: Any, loaded: LoadedCheckpoint, options: TrainingOptions) -> None:
@@ -171,31 +176,31 @@ def restore_optimizers_and_schedulers(trainer: Any, loaded: LoadedCheckpoint, op
     handler = OptimizerHandler()
     optimizers = list(trainer.optimizers)
     saved = [
-        entry for name, entry in sorted(loaded.entries.items(), key=_optimizer_order) if name.startswith("optimizer")
+        entry for name, entry in sorted(loaded.entries.items(), key=optimizer_order) if name.startswith("optimizer")
     ]
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    _same_number("optimizer", len(saved), len(optimizers))
-    _same_number("LR scheduler", len(tree["lr_schedulers"]), len(schedulers))
+    same_number("optimizer", len(saved), len(optimizers))
+    same_number("LR scheduler", len(tree["lr_schedulers"]), len(schedulers))
     for optimizer, entry in zip(optimizers, saved, strict=True):
         handler.check(optimizer, entry.tree, names)
     for scheduler, state in zip(schedulers, tree["lr_schedulers"], strict=True):
-        _scheduler_handler(scheduler).check(scheduler, state, names)
+        scheduler_handler(scheduler).check(scheduler, state, names)
     states = [*(entry.tree for entry in saved), *tree["lr_schedulers"]]
     # Checkpoints of earlier versions do not tell what they were built with.
-    options.check(tree.get("options"), dict(zip(_drivers(trainer), states, strict=True)))
+    options.check(tree.get("options"), dict(zip(drivers_of(trainer), states, strict=True)))
     for optimizer, entry in zip(optimizers, saved, strict=True):
         handler.restore(optimizer, entry.tree, names)
     for scheduler, state in zip(schedulers, tree["lr_schedulers"], strict=True):
-        _scheduler_handler(scheduler).restore(scheduler, state, names)
+        scheduler_handler(scheduler).restore(scheduler, state, names)
     options.take_up(tree.get("options"))
 
 
-def _drivers(trainer: Any) -> dict[str, Any]:
+def drivers_of(trainer: Any) -> dict[str, Any]:
     """Return optimizers and schedulers by name, in the Trainer's order."""
     optimizers, schedulers = trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs]
     return {
-        **{_numbered("optimizer", i, len(optimizers)): optimizer for i, optimizer in enumerate(optimizers)},
-        **{_numbered("scheduler", i, len(schedulers)): scheduler for i, scheduler in enumerate(schedulers)},
+        **{numbered("optimizer", i, len(optimizers)): optimizer for i, optimizer in enumerate(optimizers)},
+        **{numbered("scheduler", i, len(schedulers)): scheduler for i, scheduler in enumerate(schedulers)},
     }
 
 
@@ -261,21 +266,29 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _scheduler_handler(scheduler: Any) -> StatefulHandler:
+def scheduler_handler(scheduler: Any) -> StatefulHandler:
+    """Return the handler of a scheduler; not every one is derived from torch's."""
     handler = SchedulerHandler()
     return handler if handler.handles(scheduler) else StatefulHandler()
 
 
-def _numbered(name: str, index: int, count: int) -> str:
+def numbered(name: str, index: int, count: int) -> str:
+    """Return the name of one of several objects; a single one has no number."""
     return name if count == 1 else f"{name}-{index}"
 
 
-def _optimizer_order(item: tuple[str, Any]) -> tuple[int, str]:
+def optimizer_order(item: tuple[str, Any]) -> tuple[int, str]:
+    """Return what sorts named entries by their number."""
     _, _, index = item[0].partition("-")
     return (int(index) if index.isdecimal() else 0, item[0])
 
 
-def _same_number(what: str, saved: int, live: int) -> None:
+def same_number(what: str, saved: int, live: int) -> None:
+    """Refuse another number of optimizers or schedulers.
+
+    Raises:
+        StateMismatchError: There are more or fewer than in the checkpoint.
+    """
     if saved != live:
         raise StateMismatchError(
             f"the checkpoint has {saved} {what}{'s' * (saved != 1)}, the module configures {live}",

@@ -13,6 +13,7 @@ from ckptmgr.lightning.assemble import (
     RNG,
     TRAINER,
     WEIGHTS_ONLY_REASON,
+    assemble,
     check_model,
     options_of,
     restore_optimizers_and_schedulers,
@@ -21,15 +22,18 @@ from ckptmgr.lightning.compat import module_of, tree_of
 from ckptmgr.lightning.filesystem import own_reference, url_of
 from ckptmgr.lightning.loggers import Logs
 from ckptmgr.lightning.loops import LoopHooks
+from ckptmgr.lightning.selecting import TrainerSelection, restore_selected
 from ckptmgr.lightning.trainer_metrics import restore_metrics
 from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.reference import Reference, parse_reference
+from ckptmgr.state.rng import capture_rng
+from ckptmgr.state.selection import Selection, SelectionReport
 from ckptmgr.state.training_options import OnChangedOptions
 from ckptmgr.state.trees import copied_tree
 from ckptmgr.storage.open import open_storage
 from ckptmgr.training_run import RUN_DIR_VARIABLE, TrainingRun
-from ckptmgr.words import where_it_begins
+from ckptmgr.words import printable_place, where_it_begins
 
 __all__ = ["Resume"]
 
@@ -48,12 +52,15 @@ class Resume:
         open_run: Claims the run, given a choice.
         on_changed_options: What to do about options that differ from the checkpoint's.
         storage_options: For reading other runs.
+        selection: What to restore of a checkpoint that is named. What this run's own starts go on from by themselves is
+            restored whole: a job that is requeued would lose the same parts again at each start.
 
     Attributes:
         leads: This manager resumes the Trainer; others of the same Trainer only save.
         run: The open run, once there is one.
         loaded: What is being restored; None on a fresh start, and once it was accepted.
         validation_names: Metrics that are logged by validation.
+        report: What a selective restore did not restore; None where there was none, or not yet.
     """
 
     def __init__(
@@ -66,8 +73,10 @@ class Resume:
         *,
         on_changed_options: OnChangedOptions,
         storage_options: Mapping[str, Any] | None,
+        selection: Selection | None = None,
     ) -> None:
         self.leads = False
+        self.report: SelectionReport | None = None
         self.run: TrainingRun | None = None
         self.loaded: LoadedCheckpoint | None = None
         self.validation_names: set[str] = set()
@@ -78,6 +87,8 @@ class Resume:
         self._open_run = open_run
         self._on_changed_options = on_changed_options
         self._storage_options = storage_options
+        self._selection = selection
+        self._is_named = False
         self._logs: Logs | None = None
         self._hooks: LoopHooks | None = None
         self._sanity_steps: int | None = None
@@ -109,7 +120,7 @@ class Resume:
             self._trainer.lightning_module.load_state_dict(self._weights_before)
             self._weights_before = None
         connector = self._trainer._checkpoint_connector
-        for name in ("resume_start", "restore_optimizers_and_schedulers"):
+        for name in ("resume_start", "restore_optimizers_and_schedulers", "restore_training_state"):
             vars(connector).pop(name, None)
         self._restore_sanity_check()
         self._io.preloaded.clear()
@@ -122,6 +133,15 @@ class Resume:
         if self.run is None:
             self.run = self._open_following()
         return self.run
+
+    def check(self, loaded: LoadedCheckpoint) -> None:
+        """Compare the model with what is selected of a checkpoint, before the run is claimed. Changes nothing.
+
+        Raises:
+            StateMismatchError, UsageError: It does not fit.
+        """
+        chosen = self._select(loaded)
+        check_model(self._trainer.lightning_module, loaded if chosen is None else chosen.loaded)
 
     def accept(self) -> Any:
         """Record the line, and free what was loaded.
@@ -149,9 +169,16 @@ class Resume:
         if explicit:
             reference = own_reference(checkpoint_path)
             if reference is None:
+                if self._selection is not None:
+                    raise UsageError(
+                        f"selection cannot be applied to ckpt_path={str(checkpoint_path)!r}",
+                        why="it is a file of Lightning's, which Lightning restores as a whole",
+                        next="load the weights in the program, with torch.load and load_state_dict(strict=False)",
+                    )
                 # A file of Lightning's own: restored as Lightning does, saved from then on as we do.
                 self.run = self._open_run("never")
                 return checkpoint_path
+            self._is_named = True
             self._open_at(reference)
         elif self._trainer.global_step > 0:
             # A second fit of this Trainer goes on from what is in memory.
@@ -162,10 +189,25 @@ class Resume:
         if self.loaded is None:
             self._say(where_it_begins(self._run_dir, None))
             return None
-        return self._hand_over(self.loaded, explicit=explicit)
+        chosen = self._select(self.loaded)
+        if chosen is None:
+            if self._selection is not None:
+                self._say("selection is not applied: this run goes on from its own checkpoint, and no other was named")
+            return self._hand_over(self.loaded, None, explicit=explicit)
+        if chosen.starts_anew:
+            self._begin_with(chosen)
+            return None
+        return self._hand_over(chosen.loaded, chosen, explicit=explicit)
+
+    def _select(self, loaded: LoadedCheckpoint) -> TrainerSelection | None:
+        """Apply the selection, if there is one, to a checkpoint that somebody has named."""
+        if self._selection is None or not self._is_named or os.environ.get(RUN_DIR_VARIABLE):
+            return None
+        return TrainerSelection(self._selection, loaded, self._trainer.lightning_module)
 
     def _open_as_chosen(self) -> None:
         if self._resume in ("auto", "must", "never") or not any(mark in self._resume for mark in "/@\\"):
+            self._is_named = self._resume not in ("auto", "must", "never")
             self.run = self._open_run(self._resume)
             self.loaded = self.run.continued
             return
@@ -174,6 +216,7 @@ class Resume:
             self.run = self._open_run("auto")
             self.loaded = self.run.continued
         else:
+            self._is_named = True
             self._open_at(parse_reference(self._resume))
 
     def _open_at(self, reference: Reference) -> None:
@@ -198,7 +241,37 @@ class Resume:
         except CheckpointNotFoundError:
             return None
 
-    def _hand_over(self, loaded: LoadedCheckpoint, *, explicit: bool) -> str:
+    def _begin_with(self, chosen: TrainerSelection) -> None:
+        """Put the model's part of a checkpoint into the model, and that of optimizers when they are built.
+
+        Lightning is told of no checkpoint: its loops begin at step 0.
+        """
+        trainer, hooks = self._trainer, self._hooks
+        assert hooks is not None
+        assert self.run is not None
+        module = trainer.lightning_module
+        check_model(module, chosen.loaded)
+        self._weights_before = copied_tree(dict(module.state_dict()))
+        checkpoint = assemble(chosen.loaded, module)
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+        connector = trainer._checkpoint_connector
+        original = connector.restore_training_state
+
+        def restore() -> None:
+            vars(connector).pop("restore_training_state", None)
+            hooks.options = options_of(trainer, self._on_changed_options)
+            self.report = restore_selected(trainer, chosen, hooks.options)
+            original()
+
+        connector.restore_training_state = restore
+        # The steps to come lie before the checkpoint's, so the line must not lead through it: the next resume would go
+        # back to it.
+        self.run.continued = self.loaded = None
+        place = printable_place(self._run_dir)
+        self._say(f"saving in {place}: training starts at step 0 with parts of {chosen.loaded.reference}")
+
+    def _hand_over(self, loaded: LoadedCheckpoint, chosen: TrainerSelection | None, *, explicit: bool) -> str:
         trainer, hooks = self._trainer, self._hooks
         assert hooks is not None
         url = url_of(loaded.reference)
@@ -219,7 +292,7 @@ class Resume:
         metrics = tree["metrics"]
         hooks.resume_at(
             position,
-            loaded.entries[RNG].tree,
+            loaded.entries[RNG].tree if chosen is None or chosen.restores_rng else capture_rng(),
             step=loaded.manifest.step,
             on_resumed=lambda: restore_metrics(trainer, metrics),
         )
@@ -228,7 +301,10 @@ class Resume:
         def restore() -> None:
             vars(connector).pop("restore_optimizers_and_schedulers", None)
             hooks.options = options_of(trainer, self._on_changed_options)
-            restore_optimizers_and_schedulers(trainer, loaded, hooks.options)
+            if chosen is None:
+                restore_optimizers_and_schedulers(trainer, loaded, hooks.options)
+            else:
+                self.report = restore_selected(trainer, chosen, hooks.options)
 
         connector.restore_optimizers_and_schedulers = restore
         # It would run the model and its metrics once more than the run that goes on did.

@@ -21,6 +21,8 @@ __all__ = [
     "OnImprovement",
     "OnSignal",
     "Trigger",
+    "known_everywhere",
+    "may_need_any_step",
     "widen_spans",
 ]
 
@@ -71,6 +73,38 @@ class Trigger(Protocol):
     def reason_to_save(self, moment: Moment) -> str | None:
         """Return why to save now, in a few words for `ckptmgr ls`, or None."""
         ...
+
+
+def known_everywhere(trigger: Trigger) -> Trigger:
+    """Return the part of a trigger that depends on step and epoch alone, so that every rank of a job decides alike."""
+    return trigger if _is_known(trigger) else _Parts(tuple(part for part in _parts(trigger) if _is_known(part)))
+
+
+def may_need_any_step(trigger: Trigger) -> bool:
+    """Say whether a trigger may have a reason at a step that another rank cannot foresee, and that cannot wait.
+
+    A metric that improves is such a reason: one step later, other weights would be saved for it. Time and signals can
+    wait for some steps. What a trigger of the user's does is not known.
+    """
+    late = (EverySeconds, OnSignal, OnException)
+    return any(not _is_known(part) and not isinstance(part, late) for part in _parts(trigger))
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    triggers: tuple[Trigger, ...]
+
+    def reason_to_save(self, moment: Moment) -> str | None:
+        return next((reason for part in self.triggers if (reason := part.reason_to_save(moment))), None)
+
+
+def _parts(trigger: Trigger) -> tuple[Trigger, ...]:
+    inner: tuple[Trigger, ...] | None = getattr(trigger, "triggers", None)
+    return (trigger,) if inner is None else tuple(part for each in inner for part in _parts(each))
+
+
+def _is_known(trigger: Trigger) -> bool:
+    return isinstance(trigger, (EverySteps, EveryEpochs))
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,8 @@ DEFAULT_TIMEOUT_S = 1800.0
 _CHANNELS = ("loop", "saves")
 # Rank 0 names who is late; so the others wait longer for it than it waits for them.
 _PATIENCE = 3
+# The number of a message that ends a channel, whatever its other end waits for.
+_LEFT = 2**62
 
 
 class RankFailure(TopologyError):
@@ -116,8 +118,7 @@ class Channel:
             own, report["error"] = error, _described(error)
         except BaseException as error:
             # The process is leaving. The others must not wait for it, nor take its absence for a crash.
-            self._broken = "this rank has left"
-            self._leave({**report, "error": _described(error)})
+            self.close(error)
             raise
         verdict = self._lead(what, report, answer) if self.rank == 0 else self._follow(what, report)
         if "error" not in verdict:
@@ -125,8 +126,11 @@ class Channel:
         failure = _rebuilt(verdict["error"])
         raise failure from (own or verdict.get("cause"))
 
-    def close(self) -> None:
-        """End all connections. Whoever waits for this rank is told at once."""
+    def close(self, error: BaseException | None = None) -> None:
+        """End all connections. Whoever waits for this rank is told at once, and why if there was an error."""
+        if self._broken is None:
+            reason = {} if error is None else {"error": _described(error)}
+            self._leave({"number": _LEFT, "what": "the end: it has closed the run", **reason})
         self._broken = self._broken or "the ranks have parted already"
         for link in self._links.values():
             link.close()
@@ -144,6 +148,8 @@ class Channel:
         failed = {rank: message["error"] for rank, message in reports.items() if "error" in message}
         failed |= {rank: _lost(reason) for rank, reason in lost.items()}
         elsewhere = {r: m["what"] for r, m in reports.items() if (m["number"], m["what"]) != (number, what)}
+        if any(message["number"] == _LEFT for message in reports.values()):
+            self._broken = "a rank has left"
         cause: BaseException | None = None
         if failed:
             verdict = {"error": _joined(what, failed)}
@@ -151,15 +157,14 @@ class Channel:
                 self._broken = f"rank {min(lost)} is gone"
         elif elsewhere:
             self._broken = "the ranks have lost step with each other"
-            verdict = {"error": _out_of_step(what, elsewhere)}
+            verdict = {"error": _out_of_step("rank 0", what, elsewhere)}
         else:
             try:
                 verdict = {"answer": answer([reports[rank]["result"] for rank in range(self.world_size)])}
             except Exception as error:
                 verdict, cause = {"error": _described(error)}, error
-            except BaseException:
-                self._broken = "rank 0 has left"
-                self.close()
+            except BaseException as error:
+                self.close(error)
                 raise
         for rank, link in self._links.items():
             try:
@@ -175,6 +180,11 @@ class Channel:
             link.send(report, timeout_s=self._timeout_s)
             while True:
                 verdict: dict[str, Any] = link.receive(timeout_s=_PATIENCE * self._timeout_s)
+                if verdict["number"] == _LEFT:
+                    self._broken = "rank 0 has left"
+                    if "error" in verdict:
+                        return {"error": _joined(what, {0: verdict["error"]})}
+                    return {"error": _out_of_step(f"rank {self.rank}", what, {0: verdict["what"]})}
                 if verdict["number"] == report["number"]:
                     return verdict
         except LinkClosed as error:
@@ -184,7 +194,7 @@ class Channel:
             return {"error": _joined(what, {0: _lost(f"it has not answered for {_PATIENCE * self._timeout_s:g} s")})}
 
     def _leave(self, report: dict[str, Any]) -> None:
-        for link in self._links.values() if self.rank else ():
+        for link in self._links.values():
             try:
                 link.send(report, timeout_s=5.0)
             except (LinkClosed, TimeoutError):
@@ -259,17 +269,19 @@ class Ranks:
                 }
                 for name in _CHANNELS
             }
-        return cls(rank, world_size, {n: Channel(rank, world_size, by_channel[n], timeout_s=timeout_s) for n in _CHANNELS})
+        return cls(
+            rank, world_size, {n: Channel(rank, world_size, by_channel[n], timeout_s=timeout_s) for n in _CHANNELS}
+        )
 
     @property
     def leads(self) -> bool:
         """Whether this is rank 0, which decides and commits."""
         return self.rank == 0
 
-    def close(self) -> None:
-        """Part from the other ranks."""
-        self.loop.close()
-        self.saves.close()
+    def close(self, error: BaseException | None = None) -> None:
+        """Part from the other ranks; because of an error, if there was one."""
+        self.saves.close(error)
+        self.loop.close(error)
 
 
 _RESTART = "end all ranks and start the job again: it goes on from the newest committed checkpoint"
@@ -309,11 +321,11 @@ def _joined(what: str, failed: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _out_of_step(what: str, elsewhere: Mapping[int, str]) -> dict[str, Any]:
+def _out_of_step(who: str, what: str, elsewhere: Mapping[int, str]) -> dict[str, Any]:
     told = "; ".join(f"rank {rank} is at: {other}" for rank, other in sorted(elsewhere.items()))
     return {
         "class": "RankFailure",
-        "what": f"the ranks do not do the same: rank 0 is at: {what}",
+        "what": f"the ranks do not do the same: {who} is at: {what}",
         "why": told,
         "next": "call step(), save(), batches() and close() equally often, with the same step, on every rank; "
         "give every rank the same number of batches",

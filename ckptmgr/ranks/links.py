@@ -199,7 +199,7 @@ def receive_from_all(
             left = deadline - time.monotonic()
             if left <= 0:
                 waited = f"it has not answered for {timeout_s:g} s: it hangs, or it is doing something else"
-                lost |= {rank: waited for rank in links.keys() - messages.keys() - lost.keys()}
+                lost |= dict.fromkeys(links.keys() - messages.keys() - lost.keys(), waited)
                 break
             for key, _ in selector.select(min(left, _TELL_EVERY_S)):
                 rank = key.data

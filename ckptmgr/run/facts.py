@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
+from typing import Any
 
 from ckptmgr.format.manifest import Manifest, ManifestExcerpt, Note, metric_from_value
 from ckptmgr.policy.retention import CheckpointFacts
 
-__all__ = ["facts_of"]
+__all__ = ["facts_from_plain", "facts_of", "facts_to_plain"]
 
 
 def facts_of(manifest: Manifest | ManifestExcerpt, notes: Iterable[Note] = ()) -> CheckpointFacts:
@@ -35,3 +37,13 @@ def _seconds(text: str) -> float | None:
         return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
         return None
+
+
+def facts_to_plain(facts: CheckpointFacts) -> dict[str, Any]:
+    """Return facts as plain values, to be told to other ranks."""
+    return {**asdict(facts), "tags": sorted(facts.tags)}
+
+
+def facts_from_plain(plain: Mapping[str, Any]) -> CheckpointFacts:
+    """Return the facts that rank 0 told."""
+    return CheckpointFacts(**{**plain, "tags": frozenset(plain["tags"])})

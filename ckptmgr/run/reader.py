@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from ckptmgr.errors import CorruptCheckpointError
-from ckptmgr.format.digest import BLOCK_NBYTES, block_digests, combined_digest
+from ckptmgr.format.digest import BLOCK_NBYTES, DIGEST_NBYTES, block_digests, combined_digest
 from ckptmgr.format.manifest import FileRecord, Manifest, TensorRecord
 from ckptmgr.format.record import parse_json
 from ckptmgr.storage.protocol import Storage
@@ -61,6 +63,23 @@ class CheckpointReader:
         if blocks.hex() != record.blocks:
             raise self._damaged(what, "its bytes do not match their digests")
         return buffer
+
+    def read_range(self, record: TensorRecord, start: int, stop: int) -> memoryview:
+        """Return some of a tensor's stored bytes. The blocks that hold them are read whole, and checked.
+
+        Args:
+            record: One of the manifest's tensors.
+            start: First byte within the tensor.
+            stop: The byte after the last one.
+
+        Raises:
+            CorruptCheckpointError: As `read_tensor`.
+        """
+        first, last = start // BLOCK_NBYTES, -(-stop // BLOCK_NBYTES)
+        begin, end = first * BLOCK_NBYTES, min(last * BLOCK_NBYTES, record.nbytes)
+        digests = record.blocks[2 * DIGEST_NBYTES * first : 2 * DIGEST_NBYTES * last]
+        part = msgspec.structs.replace(record, offset=record.offset + begin, nbytes=end - begin, blocks=digests)
+        return self.read_tensor(part)[start - begin : stop - begin]
 
     def read_state(self, rank: int = 0) -> Any:
         """Return a rank's state document, as parsed JSON.

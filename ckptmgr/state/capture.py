@@ -23,7 +23,7 @@ from ckptmgr.errors import StateMismatchError, UnsupportedStateError
 from ckptmgr.format.tree import Path, format_path
 from ckptmgr.state.codec import EntryEncoder, decode_entry
 from ckptmgr.state.entry import CapturedEntry
-from ckptmgr.state.handlers import REGISTRY, HandlerRegistry, RestoresWithBackup, StateHandler
+from ckptmgr.state.handlers import REGISTRY, HandlerRegistry, RestoresWithBackup, StateHandler, scopes_of
 from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.renamed_entries import in_live_names
 from ckptmgr.state.trees import copied_tree
@@ -52,7 +52,7 @@ def capture_state(state: Mapping[str, object], *, registry: HandlerRegistry = RE
             tree = handler.capture(value, names)
         except UnsupportedStateError as error:
             raise UnsupportedStateError(f"state[{name!r}]: {error.what}", why=error.why, next=error.next) from error
-        entries.append(CapturedEntry(name, handler.name, handler.version, tree))
+        entries.append(CapturedEntry(name, handler.name, handler.version, tree, *scopes_of(handler, value)))
     return entries
 
 

@@ -8,17 +8,16 @@ file.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from ckptmgr.errors import CorruptCheckpointError, UnsupportedStateError
-from ckptmgr.format.manifest import TensorRecord
+from ckptmgr.errors import UnsupportedStateError
 from ckptmgr.format.tree import Path, decode_tree, encode_tree, format_path
-from ckptmgr.run.reader import CheckpointReader
 from ckptmgr.state.entry import CapturedEntry
+from ckptmgr.state.sharding import Shard, is_sharded, shard_of
 from ckptmgr.state.tensors import (
     DTYPES,
     STORED_DTYPES,
@@ -27,10 +26,9 @@ from ckptmgr.state.tensors import (
     memory_identity,
     refuse_unstorable,
     store_tensor,
-    tensor_from_bytes,
 )
 
-__all__ = ["INLINE_NBYTES", "EntryEncoder", "TensorOfName", "decode_entry", "load_entries"]
+__all__ = ["INLINE_NBYTES", "EntryEncoder", "TensorOfName", "decode_entry"]
 
 TensorOfName: TypeAlias = Callable[[str], torch.Tensor]
 
@@ -196,51 +194,20 @@ def decode_entry(tree: Any, tensor: TensorOfName) -> Any:
     return decode_tree(tree, leaf)
 
 
-def load_entries(
-    reader: CheckpointReader, names: Iterable[str] | None = None, *, rank: int = 0
-) -> dict[str, CapturedEntry]:
-    """Read entries of a checkpoint into fresh CPU tensors; every byte is checked against its digest.
-
-    Args:
-        reader: The checkpoint.
-        names: Which entries; all of them by default. Unknown names are left out.
-        rank: Whose document and whose own tensors.
-
-    Raises:
-        CorruptCheckpointError: Something is damaged, missing, or contradicts itself.
-    """
-    wanted = None if names is None else set(names)
-    document = reader.read_state(rank)
-    trees = document.get("entries") if isinstance(document, dict) else None
-    if not isinstance(trees, dict):
-        raise _corrupt(reader, "the state document has no entries")
-    records = {entry.name: entry for entry in reader.manifest.entries if wanted is None or entry.name in wanted}
-    tensors: dict[str, dict[str, TensorRecord]] = {name: {} for name in records}
-    for record in reader.manifest.tensors:
-        if record.entry in tensors and record.rank in (None, rank):
-            tensors[record.entry].update(dict.fromkeys((record.name, *record.aliases), record))
-    loaded: dict[str, CapturedEntry] = {}
-    for name, entry in records.items():
-        if name not in trees:
-            raise _corrupt(reader, f"the manifest lists the entry {name!r}, the state document does not hold it")
-        tree = decode_entry(trees[name], _TensorLoader(reader, tensors[name]))
-        loaded[name] = CapturedEntry(name, entry.handler, entry.handler_version, tree)
-    return loaded
-
-
-class _TensorLoader:
-    """Reads tensors by name, each once: names of one tensor give one tensor, as it was."""
-
-    def __init__(self, reader: CheckpointReader, records: dict[str, TensorRecord]) -> None:
-        self._reader = reader
-        self._records = records
-        self._loaded: dict[str, torch.Tensor] = {}
-
-    def __call__(self, name: str) -> torch.Tensor:
-        record = self._records[name]
-        if record.name not in self._loaded:
-            self._loaded[record.name] = tensor_from_bytes(record, self._reader.read_tensor(record))
-        return self._loaded[record.name]
+def _as_shard(stored: StoredTensor, shard: Shard, where: str) -> StoredTensor:
+    """Note a shard's place in the whole. What is the whole on every rank is no shard."""
+    # A shard comes back in place, so the order of its dimensions in memory is the live one's.
+    stored.order = None
+    if shard.box.shape == shard.whole:
+        return stored
+    if stored.encoding == "complex":
+        raise UnsupportedStateError(
+            f"{where} is a sharded tensor that cannot be stored",
+            why=f"its elements are of {stored.logical_dtype}, which are stored as pairs of real numbers",
+            next="keep it as complex64, or replicate it",
+        )
+    stored.global_shape, stored.global_offset = shard.whole, shard.box.offset
+    return stored
 
 
 def _encode_torch_value(value: object) -> dict[str, Any] | None:
@@ -286,11 +253,3 @@ def _refuse_object(value: object, path: Path) -> None:
             why="objects with a state of their own are captured by handlers, which look at whole entries only",
             next="give it an entry of its own: state={..., 'its_name': the_object}",
         )
-
-
-def _corrupt(reader: CheckpointReader, why: str) -> CorruptCheckpointError:
-    return CorruptCheckpointError(
-        f"step {reader.manifest.step} of {reader.storage.url} contradicts itself",
-        why=why,
-        next="resume from another checkpoint; `ckptmgr ls` lists them",
-    )

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ckptmgr.errors import StateMismatchError
+from ckptmgr.state.sharding import SavedPart
 
 __all__ = ["Differences", "describe", "dtype_and_shape", "tensor_difference"]
 
@@ -20,7 +21,7 @@ def dtype_and_shape(tensor: torch.Tensor) -> list[Any]:
 
 def describe(value: Any) -> str:
     """Say what a value is, in the words of a mismatch: dtype and shape, or the type."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, (torch.Tensor, SavedPart)):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if isinstance(value, np.ndarray):
         return f"NumPy {value.dtype} {value.shape}"
@@ -29,7 +30,7 @@ def describe(value: Any) -> str:
 
 def tensor_difference(path: str, live: torch.Tensor | np.ndarray[Any, Any], saved: Any) -> str | None:
     """Compare shape and dtype; return one line about the difference, or None."""
-    is_same_kind = isinstance(saved, torch.Tensor if isinstance(live, torch.Tensor) else np.ndarray)
+    is_same_kind = isinstance(saved, (torch.Tensor, SavedPart) if isinstance(live, torch.Tensor) else np.ndarray)
     if not is_same_kind:
         what = "type"
     elif tuple(saved.shape) != tuple(live.shape):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
 from ckptmgr.errors import UnsupportedStateError, UsageError
+from ckptmgr.state.entry import EntryScope, TensorScope
 from ckptmgr.state.module import ModuleHandler
 from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.optimizer import OptimizerHandler
@@ -20,6 +21,7 @@ __all__ = [
     "RestoresWithBackup",
     "StateHandler",
     "register_handler",
+    "scopes_of",
 ]
 
 ENTRY_POINT_GROUP = "ckptmgr.state_handlers"
@@ -66,6 +68,16 @@ _BUILT_IN: tuple[StateHandler, ...] = (
     StatefulHandler(),
     ValuesHandler(),
 )
+
+
+def scopes_of(handler: StateHandler, value: object) -> tuple[EntryScope, Mapping[str, TensorScope]]:
+    """Return what an entry is to the ranks of a job, the same on all or each rank's own; and which tensors differ.
+
+    A handler may have an attribute ``scope`` and a method ``tensor_scopes(value)``. Without them each rank has its own:
+    that is never wrong, only larger.
+    """
+    tensor_scopes = getattr(handler, "tensor_scopes", None)
+    return getattr(handler, "scope", "per-rank"), {} if tensor_scopes is None else tensor_scopes(value)
 
 
 class HandlerRegistry:

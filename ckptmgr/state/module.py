@@ -10,8 +10,10 @@ from torch import nn
 
 from ckptmgr.errors import UnsupportedStateError
 from ckptmgr.state.differences import Differences, tensor_difference
-from ckptmgr.state.names import ParameterNames, WrapperPrefixes, module_names
+from ckptmgr.state.entry import EntryScope, TensorScope
+from ckptmgr.state.names import ParameterNames, WrapperPrefixes, buffer_scopes, module_names
 from ckptmgr.state.prefixes import nearest_rule, shapes_of
+from ckptmgr.state.sharding import SavedPart, as_live
 from ckptmgr.state.tensors import memory_identity, same_bits
 from ckptmgr.state.trees import copied_tree, copy_into
 
@@ -36,10 +38,19 @@ class ModuleHandler:
 
     name = "module"
     version = 1
+    scope: EntryScope = "replicated"
 
     def handles(self, value: object) -> bool:
         """Say whether the value is a module."""
         return isinstance(value, nn.Module)
+
+    def tensor_scopes(self, value: nn.Module) -> dict[str, TensorScope]:
+        """Say which ranks' buffers count.
+
+        DDP sends those of rank 0 to all ranks before each forward, so between two steps they differ by design. Where it
+        does not (``broadcast_buffers=False``), or where nobody knows, each rank may have its own.
+        """
+        return dict(buffer_scopes(value))
 
     def capture(self, value: nn.Module, names: ParameterNames) -> dict[str, Any]:
         """Return the module's state; tensors are the live ones."""
@@ -84,7 +95,7 @@ class ModuleHandler:
                 for name, tensor in live.items():
                     copy_into(tensor, saved[name])
             return
-        state = _StateDict((key, saved[name]) for name, key in keys.items())
+        state = _StateDict((key, as_live(saved[name], live[name])) for name, key in keys.items())
         # Without versions a module would take the state for one from before versions, and convert it again.
         versions = tree.get("versions", {})
         state._metadata = {
@@ -185,13 +196,22 @@ def _tie_differences(live: Mapping[str, Any], saved: Mapping[str, Any]) -> list[
         was_tied_to = _first_of(first_saved, saved[name], name)
         if tied_to == was_tied_to:
             continue
-        if tied_to != name and not (was_tied_to == name and same_bits(saved[tied_to], saved[name])):
+        if tied_to != name and not (was_tied_to == name and _same_saved(saved[tied_to], saved[name])):
             lines.append(f"{name!r} is tied to {tied_to!r} now, and has other values than it in the checkpoint")
         elif was_tied_to != name:
             lines.append(f"{name!r} is tied to {was_tied_to!r} in the checkpoint, and a tensor of its own now")
     return lines
 
 
+def _same_saved(one: Any, other: Any) -> bool:
+    if isinstance(one, SavedPart) and isinstance(other, SavedPart):
+        return same_bits(one.local, other.local)
+    return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and same_bits(one, other)
+
+
 def _first_of(first: dict[object, str], item: Any, name: str) -> str:
+    if isinstance(item, SavedPart):
+        # The names of one saved tensor give one part.
+        return first.setdefault(id(item), name)
     identity = memory_identity(item) if isinstance(item, torch.Tensor) else None
     return name if identity is None else first.setdefault(identity, name)

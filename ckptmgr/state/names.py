@@ -9,7 +9,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["ParameterNames", "WrapperPrefixes", "module_names"]
+from ckptmgr.state.entry import TensorScope
+from ckptmgr.state.sharding import LiveShards, is_sharded
+
+__all__ = ["ParameterNames", "WrapperPrefixes", "buffer_scopes", "module_names"]
 
 # Looked up only where the program has imported the module: importing torch._dynamo takes seconds, and a module that
 # nobody imported has no instances.
@@ -78,6 +81,22 @@ def module_names(module: nn.Module, key: str = "", own: str = "") -> Iterator[tu
             yield from module_names(child, f"{key}{name}.", own if name == attribute else f"{own}{name}.")
 
 
+def buffer_scopes(
+    module: nn.Module, own: str = "", scope: TensorScope = "compared"
+) -> Iterator[tuple[str, TensorScope]]:
+    """Yield every persistent buffer by its own name, with the scope that DDP, around it or not, gives it."""
+    if isinstance(module, DistributedDataParallel):
+        scope = "rank-0" if module.broadcast_buffers else "per-rank"
+    attribute = _wrapped_attribute(module)
+    if attribute is None:
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set and not is_sharded(buffer):
+                yield own + name, scope
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from buffer_scopes(child, own if name == attribute else f"{own}{name}.", scope)
+
+
 def _named_parameters(module: nn.Module, own: str) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield every parameter under every name that it has."""
     for part, _, prefix in module_names(module, own=own):
@@ -102,6 +121,7 @@ class ParameterNames:
         # Keeps the parameters alive, or an id could come to mean another one.
         self._parameters: list[nn.Parameter] = []
         for entry, module in modules.items():
+            _put_shards_back(module)
             for name, parameter in _named_parameters(module, f"{entry}/"):
                 self._names[id(parameter)] = (*self._names.get(id(parameter), ()), name)
                 self._parameters.append(parameter)
@@ -111,6 +131,10 @@ class ParameterNames:
         """Collect the names from every module among the values of a state."""
         return cls({entry: value for entry, value in state.items() if isinstance(value, nn.Module)})
 
+    def shards(self) -> LiveShards:
+        """Return the parameters of which this rank holds a part, by name."""
+        return LiveShards({name: p for p in self._parameters if is_sharded(p) for name in self._names[id(p)]})
+
     def of(self, parameter: torch.Tensor) -> str | None:
         """Return the parameter's first name; None if it is in no module of the state."""
         return self._names.get(id(parameter), (None,))[0]
@@ -118,3 +142,13 @@ class ParameterNames:
     def all_of(self, parameter: torch.Tensor) -> tuple[str, ...]:
         """Return all names of a parameter; a tied one has several."""
         return self._names.get(id(parameter), ())
+
+
+def _put_shards_back(module: nn.Module) -> None:
+    """Let FSDP2 put its sharded parameters back: after a forward without a backward whole ones stand there."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FSDPModule", None)
+    if kind is not None:
+        for part in module.modules():
+            if isinstance(part, kind):
+                part.reshard()

@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from ckptmgr.errors import StateMismatchError, UnsupportedStateError
 from ckptmgr.state.carried_groups import note_sources
 from ckptmgr.state.differences import Differences, describe, dtype_and_shape
+from ckptmgr.state.entry import EntryScope
 from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.optimizer_carry import Carry, GroupNames, plan_carry, same_value
 from ckptmgr.state.optimizer_kinds import (
@@ -24,6 +25,7 @@ from ckptmgr.state.optimizer_kinds import (
 )
 from ckptmgr.state.optimizer_names import is_numbered, to_indices, to_names
 from ckptmgr.state.optimizer_slots import keep_live_tensors, like_live, uncast
+from ckptmgr.state.sharding import as_live, is_sharded
 from ckptmgr.state.trees import copied_tree, same_structure_copy
 
 __all__ = ["OptimizerHandler", "carry_into", "group_names", "unwrap_optimizer"]
@@ -49,6 +51,7 @@ class OptimizerHandler:
 
     name = "optimizer"
     version = 1
+    scope: EntryScope = "replicated"
 
     def handles(self, value: object) -> bool:
         """Say whether the value is an optimizer, or Lightning's wrapper of one."""
@@ -129,6 +132,10 @@ class OptimizerHandler:
         changes = slot_changes(tree, carry, live_groups, listed, optimizer)
         for name, slot in changes.unused:
             del tree["state"][name][slot]
+        for _, parameter, name in _each(optimizer, listed):
+            if is_sharded(parameter) and name in tree["state"]:
+                slots = tree["state"][name]
+                tree["state"][name] = {slot: as_live(item, parameter) for slot, item in slots.items()}
         optimizer.load_state_dict(to_indices(tree, listed, live_groups, follows_live=followed))
         for group, live in zip(optimizer.param_groups, live_groups, strict=True):
             keep_live_tensors(group, live)

@@ -14,6 +14,8 @@ from typing import TypeAlias
 
 import torch
 
+from ckptmgr.state.sharding import SavedPart
+
 __all__ = ["NameRule", "Shapes", "find_rule", "nearest_rule", "shapes_of"]
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...] | None]
@@ -164,9 +166,9 @@ def _without(name: str, words: tuple[str, ...]) -> str:
 
 
 def _shape(name: str, item: object) -> tuple[int, ...] | None:
-    if not isinstance(item, torch.Tensor) or name.rpartition(".")[2] == "_extra_state":
+    if not isinstance(item, (torch.Tensor, SavedPart)) or name.rpartition(".")[2] == "_extra_state":
         return None
-    return None if torch.nn.parameter.is_lazy(item) else tuple(item.shape)
+    return None if isinstance(item, torch.Tensor) and torch.nn.parameter.is_lazy(item) else tuple(item.shape)
 
 
 def _listed(label: str, names: list[str]) -> str:

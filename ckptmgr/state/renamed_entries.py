@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -148,4 +148,4 @@ def _renamed_optimizer(
 
 
 def _with_tree(entry: CapturedEntry, tree: Any) -> CapturedEntry:
-    return CapturedEntry(entry.name, entry.handler, entry.version, tree)
+    return replace(entry, tree=tree)

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from xxhash import xxh3_128_digest
 
 from ckptmgr.errors import StateMismatchError, UnsupportedStateError
 
@@ -24,6 +25,7 @@ __all__ = [
     "AnyGenerator",
     "capture_generator",
     "capture_rng",
+    "derived_rng",
     "is_generator",
     "preserved_rng",
     "restore_generator",
@@ -114,6 +116,26 @@ def restore_rng(tree: Mapping[str, Any]) -> list[str]:
     if mps is not None:
         torch.mps.set_rng_state(_uint8(mps, "mps"))
     return notes
+
+
+def derived_rng(tree: Mapping[str, Any], *, rank: int) -> dict[str, Any]:
+    """Return states for a rank that had none, derived from another rank's: the same whenever it is asked for.
+
+    Args:
+        tree: What `capture_rng` returned on the other rank.
+        rank: The rank that is to have states of its own.
+    """
+    seed = int.from_bytes(xxh3_128_digest(_uint8(_entry(tree, "torch"), "torch").numpy().tobytes(), seed=rank)[:8])
+    derived = dict(tree)
+    derived["python"] = _python_tree(random.Random(seed).getstate())
+    if _entry(tree, "numpy").get("bit_generator") == "MT19937":
+        derived["numpy"] = _numpy_tree(np.random.RandomState(seed % 2**32).get_state(legacy=False))
+    derived["torch"] = torch.Generator().manual_seed(seed % 2**63).get_state()
+    if "cuda" in tree:
+        # Seed and offset, of 8 bytes each.
+        words = np.array([seed % 2**63, 0], dtype=np.uint64)
+        derived["cuda"] = {name: _bytes_tensor(words) for name in tree["cuda"]}
+    return derived
 
 
 @contextmanager

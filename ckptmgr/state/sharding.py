@@ -1,7 +1,7 @@
 """Tensors of which each rank holds a part: where the part lies in the whole, and how a part gets back into place.
 
-Such a tensor is a ``DTensor`` (FSDP2, tensor parallel). In a checkpoint it is the sum of its shards, each with its place
-in the whole, so any other way of sharding, or none, can be restored from it.
+Such a tensor is a ``DTensor`` (FSDP2, tensor parallel). In a checkpoint it is the sum of its shards, each with its
+place in the whole, so any other way of sharding, or none, can be restored from it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,18 @@ import torch
 
 from ckptmgr.errors import UnsupportedStateError
 
-__all__ = ["Box", "LiveShards", "SavedPart", "Shard", "as_live", "is_sharded", "local_of", "mesh_sizes", "shard_of"]
+__all__ = [
+    "Box",
+    "LiveShards",
+    "SavedPart",
+    "Shard",
+    "as_live",
+    "is_sharded",
+    "local_of",
+    "mesh_sizes",
+    "part_for",
+    "shard_of",
+]
 
 
 def is_sharded(value: object) -> bool:
@@ -165,13 +176,23 @@ def as_live(saved: Any, like: Any) -> Any:
     if not isinstance(saved, torch.Tensor) or is_sharded(saved) or not is_sharded(like) or saved.ndim == 0:
         return saved
     if saved.shape == like.shape:
-        shard = shard_of(like)
-        whole = Box((0,) * saved.ndim, tuple(saved.shape))
-        return _distributed(saved[shard.box.slices_in(whole)].contiguous(), like)
+        return _distributed(part_for(like, saved).contiguous(), like)
     from torch.distributed.tensor import DTensor, Replicate
 
     device = like.to_local().device
-    return DTensor.from_local(saved.to(device), like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+    return DTensor.from_local(
+        saved.to(device), like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False
+    )
+
+
+def part_for(live: Any, saved: Any) -> torch.Tensor:
+    """Return the elements that this rank has of a live DTensor, out of a saved part or whole."""
+    if isinstance(saved, SavedPart):
+        return saved.local
+    if is_sharded(saved):
+        return local_of(saved)
+    whole: torch.Tensor = saved
+    return whole[shard_of(live).box.slices_in(Box((0,) * whole.ndim, tuple(whole.shape)))]
 
 
 def _distributed(local: torch.Tensor, like: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ckptmgr.format.layout import payload_stem
 from ckptmgr.format.payload import FilePayload, TensorPayload
 from ckptmgr.state.codec import EntryEncoder
 from ckptmgr.state.entry import CapturedEntry
+from ckptmgr.state.shares import Share
 from ckptmgr.state.tensors import StoredTensor
 
 __all__ = ["SnapshotBuffers"]
@@ -47,15 +49,23 @@ class SnapshotBuffers:
         for entry in entries:
             self._arena(entry.name, EntryEncoder(entry).tensors)
 
-    def snapshot(self, entries: Sequence[CapturedEntry], *, rank: int = 0) -> list[FilePayload]:
-        """Copy every tensor of the entries; return what to write.
+    def snapshot(
+        self,
+        entries: Sequence[CapturedEntry],
+        *,
+        encoders: Sequence[EntryEncoder] | None = None,
+        share: Share = Share.OF_ONE,
+    ) -> list[FilePayload]:
+        """Copy what this rank writes of the entries; return it.
 
         The payloads are views of the buffers: they hold until the next snapshot, which must not begin before they are
         written.
 
         Args:
             entries: A capture. Its tensors may change again as soon as this returns.
-            rank: Whose state it is. Every rank but 0 writes files of its own, for what is not the same on all.
+            encoders: The entries, encoded, if they are already.
+            share: What of them this rank writes. Every rank but 0 has files of its own names, and a document of its own
+                for what is not the same on all.
 
         Returns:
             A safetensors file for each entry that has tensors, then the state document.
@@ -66,12 +76,18 @@ class SnapshotBuffers:
         files: list[FilePayload] = []
         trees: dict[str, Any] = {}
         devices: set[torch.device] = set()
-        suffix = "" if rank == 0 else f"-rank-{rank:05d}"
-        for position, entry in enumerate(entries):
-            encoder = EntryEncoder(entry)
-            trees[entry.name] = encoder.tree
-            if encoder.tensors:
-                tensors = self._copy(entry.name, encoder.tensors, rank, devices)
+        suffix = "" if share.rank == 0 else f"-rank-{share.rank:05d}"
+        encoders = encoders if encoders is not None else [EntryEncoder(entry) for entry in entries]
+        for position, (entry, encoder) in enumerate(zip(entries, encoders, strict=True)):
+            if share.rank == 0 or entry.scope == "per-rank":
+                trees[entry.name] = encoder.tree
+            written = {t.name: scope for t in encoder.tensors if (scope := share.scope_of(entry, t)) is not None}
+            if written:
+                tensors = self._copy(entry.name, [t for t in encoder.tensors if t.name in written], devices)
+                tensors = [
+                    replace(t, scope=written[t.name], rank=None if written[t.name] == "replicated" else share.rank)
+                    for t in tensors
+                ]
                 files.append(FilePayload(f"{payload_stem(entry.name, position)}{suffix}.safetensors", tuple(tensors)))
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
@@ -79,9 +95,7 @@ class SnapshotBuffers:
         files.append(FilePayload(f"state{suffix}.json", content=document))
         return files
 
-    def _copy(
-        self, entry: str, tensors: list[StoredTensor], rank: int, devices: set[torch.device]
-    ) -> list[TensorPayload]:
+    def _copy(self, entry: str, tensors: list[StoredTensor], devices: set[torch.device]) -> list[TensorPayload]:
         arena = self._arena(entry, tensors)
         payloads: list[TensorPayload] = []
         start = 0
@@ -102,8 +116,8 @@ class SnapshotBuffers:
                     logical_dtype=stored.logical_dtype,
                     logical_shape=stored.logical_shape,
                     order=stored.order,
-                    scope="replicated" if rank == 0 else "per-rank",
-                    rank=None if rank == 0 else rank,
+                    global_shape=stored.global_shape,
+                    global_offset=stored.global_offset,
                     aliases=tuple(stored.aliases),
                 )
             )

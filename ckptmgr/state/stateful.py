@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ckptmgr.errors import StateMismatchError
 from ckptmgr.state.carried_groups import regrouped, sources_of
+from ckptmgr.state.entry import EntryScope
 from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.rng import capture_generator, is_generator, restore_generator
 from ckptmgr.state.trees import same_structure_copy
@@ -25,6 +26,7 @@ class StatefulHandler:
 
     name = "stateful"
     version = 1
+    scope: EntryScope = "per-rank"
 
     def handles(self, value: object) -> bool:
         """Say whether the object gives and takes its state."""
@@ -51,6 +53,7 @@ class SchedulerHandler(StatefulHandler):
     """
 
     name = "scheduler"
+    scope: EntryScope = "replicated"
 
     def handles(self, value: object) -> bool:
         """Say whether the value is one of torch's schedulers, or derived from one."""
@@ -102,6 +105,7 @@ class GradScalerHandler(StatefulHandler):
     """Captures the loss scale and its growth counter."""
 
     name = "grad-scaler"
+    scope: EntryScope = "replicated"
 
     def handles(self, value: object) -> bool:
         """Say whether the value is torch's gradient scaler."""

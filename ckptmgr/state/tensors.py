@@ -18,7 +18,7 @@ import torch
 from ckptmgr.errors import CorruptCheckpointError, UnsupportedStateError
 from ckptmgr.format.encoding import payload_nbytes
 from ckptmgr.format.manifest import TensorRecord
-from ckptmgr.state.sharding import is_sharded
+from ckptmgr.state.sharding import local_of
 
 __all__ = [
     "DTYPES",
@@ -184,8 +184,7 @@ def dimension_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, .
 
 def memory_identity(tensor: torch.Tensor) -> tuple[object, ...] | None:
     """Return what two tensors share if they are the same memory seen in the same way; None for no memory at all."""
-    if is_sharded(tensor):
-        tensor = tensor.to_local()
+    tensor = local_of(tensor)
     if tensor.layout != torch.strided or tensor.numel() == 0 or tensor.device.type == "meta":
         return None
     seen = (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from ckptmgr.errors import StateMismatchError, UsageError
@@ -59,17 +59,27 @@ class TrainingOptions:
         self._checked: Mapping[str, Any] | None = None
         self._not_compared: list[str] = []
 
-    def check(self, saved: Mapping[str, Any] | None, states: Mapping[str, Any]) -> None:
+    def check(
+        self,
+        saved: Mapping[str, Any] | None,
+        states: Mapping[str, Any],
+        *,
+        live_options: Mapping[str, Collection[str]] | None = None,
+    ) -> None:
         """Refuse what could not be applied. Changes nothing.
 
         Args:
             saved: The description in the checkpoint; None where it has none.
             states: The checkpoint's trees of the objects, by entry.
+            live_options: Options by optimizer that are not restored: this program's are in force in any case.
 
         Raises:
             StateMismatchError: The checkpoint's state is none to go on from with these options.
         """
         self._checked, self._not_compared = by_live_groups(saved or {}, self._built, states, self._objects)
+        for entry, options in (live_options or {}).items():
+            if "groups" in self._checked.get(entry, ()):
+                self._checked[entry] = _with_live_options(self._checked[entry], self._built.get(entry, {}), options)
         if self._mode == "keep":
             return
         for change in changed_options(self._checked, self._built):
@@ -141,6 +151,17 @@ class TrainingOptions:
         if change.option != LEARNING_RATE or change.group is None:
             return None
         return float(unwrap_optimizer(self._objects[change.entry]).param_groups[change.group][LEARNING_RATE])
+
+
+def _with_live_options(saved: Mapping[str, Any], built: Mapping[str, Any], options: Collection[str]) -> dict[str, Any]:
+    """Return an optimizer's description with some of the options as this program has built them."""
+    now = {group["of"]: group["options"] for group in built.get("groups", ())}
+    groups = []
+    for group in saved["groups"]:
+        kept = {key: value for key, value in group["options"].items() if key not in options}
+        live = {key: value for key, value in now.get(group["of"], {}).items() if key in options}
+        groups.append({**group, "options": kept | live})
+    return {**saved, "groups": groups}
 
 
 def _is_driven(change: OptionChange, value: float | None) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ckptmgr.state.sharding import is_sharded, local_of, part_for
+
 __all__ = ["copied_tree", "copy_into", "mapped_tree", "same_structure_copy"]
 
 
@@ -48,6 +50,8 @@ def copied_tree(tree: Any) -> Any:
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    if is_sharded(tensor):
+        return tensor.detach().clone()
     if tensor.layout != torch.strided:
         return tensor.detach().cpu().clone()
     return tensor.detach().to("cpu", copy=True)
@@ -62,6 +66,8 @@ def copy_into(live: torch.Tensor | np.ndarray[Any, Any], saved: Any) -> None:
         np.copyto(live, saved)
         return
     with torch.no_grad():
+        if is_sharded(live):
+            live, saved = local_of(live.detach()), part_for(live, saved)
         if live.layout == torch.strided:
             for dim, stride in enumerate(live.stride()):
                 if stride == 0 and live.shape[dim] > 1:
