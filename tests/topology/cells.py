@@ -52,6 +52,7 @@ def judge(saved: dict[str, Any] | Failure, resumed: dict[str, Any] | Failure, *,
     assert isinstance(saved, dict)
     assert isinstance(resumed, dict)
     problems = [f"restored: {line}" for line in _differences(saved["states"]["saved"], resumed["states"]["restored"])]
+    problems += _disagreements(resumed)
     if saved["is_tied"] != resumed["is_tied"]:
         problems.append("embedding and head are tied in one of the two only")
     if sorted(resumed["losses"]) != list(AFTER):
@@ -97,6 +98,14 @@ def _differences(then: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tenso
             yield f"{name} is {b.dtype} {tuple(b.shape)}, and was {a.dtype} {tuple(a.shape)}"
         elif a.contiguous().numpy().tobytes() != b.contiguous().numpy().tobytes():
             yield f"{name} has other values, by up to {(a - b).abs().max().item():.1e}"
+
+
+def _disagreements(found: dict[str, Any]) -> Iterator[str]:
+    """Yield the moments at which not all ranks have the same whole state; what was compared is rank 0's."""
+    for moment, first in found["ranks"][0]["digests"].items():
+        others = [rank for rank, part in enumerate(found["ranks"]) if part["digests"][moment] != first]
+        if others:
+            yield f"{moment}: ranks {others} have another state than rank 0"
 
 
 def _sample_problems(saved: dict[str, Any], resumed: dict[str, Any]) -> Iterator[str]:

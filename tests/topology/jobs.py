@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from model import GLOBAL_BATCH, Sequences
-from topologies import TOPOLOGIES, Topology, start_processes
+from topologies import TOPOLOGIES, Topology, digest, start_processes
 from torch.utils.data import DataLoader
 
 import ckptmgr
@@ -85,7 +85,14 @@ class Record:
             "is_tied": self.is_tied,
             "losses": self.losses,
             "rates": self.rates,
-            "ranks": _from_all({"data_rank": data_rank, "samples": self.samples, "draws": self.draws}),
+            "ranks": _from_all(
+                {
+                    "data_rank": data_rank,
+                    "samples": self.samples,
+                    "draws": self.draws,
+                    "digests": {moment: digest(state) for moment, state in self.states.items()},
+                }
+            ),
         }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["TOPOLOGIES", "Topology", "Wrapped", "full_state", "inner", "shard", "start_processes", "wrap"]
+__all__ = ["TOPOLOGIES", "Topology", "Wrapped", "digest", "full_state", "inner", "shard", "start_processes", "wrap"]
 
 # Gloo's: how long a rank waits for the others. A cell that hangs must not take the other cells' time.
 TIMEOUT = timedelta(seconds=60)
@@ -84,7 +85,10 @@ def wrap(topology: Topology, model: Model) -> Wrapped:
         return Wrapped(DataParallel(model))
     rank, count = dist.get_rank(), topology.processes
     if topology.wrapper == "ddp":
-        return Wrapped(DistributedDataParallel(model), rank, count)
+        # DDP's default is to lay out its buckets anew after the first step. A ring of three or more ranks adds up each
+        # element in an order that depends on its place: a resume would add otherwise than the run did, from the same
+        # state. This option keeps the first layout.
+        return Wrapped(DistributedDataParallel(model, find_unused_parameters=True), rank, count)
     if topology.wrapper == "fsdp":
         shard(model, init_device_mesh("cpu", (count,), mesh_dim_names=("dp",)))
         return Wrapped(model, rank, count)
@@ -140,3 +144,12 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     # Training goes on in place: a copy, or it would change with it.
     return whole.detach().clone()
+
+
+def digest(state: Mapping[str, torch.Tensor]) -> str:
+    """Return what tells two states apart: names and bits."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
