@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from cells import TOLERANCE, Cell, judge
 from launches import Failure, Task, launch_all
+from table import RECORD
 from topologies import TOPOLOGIES
 
-__all__ = ["RECORD", "Matrix", "write_record"]
+__all__ = ["NOT_WHOLE", "WRITES", "Matrix", "differing_cells", "write_record"]
 
-RECORD = Path(__file__).parent / "matrix.json"
-"""The outcomes that the README's table is made of; ``make matrix`` writes them."""
-
-# Where it is set, what this session found becomes the record.
 WRITES = "CKPTMGR_WRITE_MATRIX"
+"""The environment variable with which what this session finds becomes the record."""
+
+
+NOT_WHOLE = "only some of the matrix was run"
 
 
 class Matrix:
@@ -113,3 +114,11 @@ def write_record(face: str, matrix: Matrix, versions: dict[str, str]) -> None:
         "cells": matrix.outcomes(),
     }
     RECORD.write_text(json.dumps(dict(sorted(record.items(), reverse=True)), indent=1) + "\n")
+
+
+def differing_cells(face: str, matrix: Matrix) -> list[str]:
+    """Return the cells that are well in the record and not in this session, or the other way round."""
+    recorded, found = json.loads(RECORD.read_text())[face]["cells"], matrix.outcomes()
+    assert list(recorded) == list(found)
+    pairs = [(saved, resumed) for saved in found for resumed in found]
+    return [f"{a} -> {b}" for a, b in pairs if recorded[a][b]["is_well"] != found[a][b]["is_well"]]
