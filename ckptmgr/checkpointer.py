@@ -73,7 +73,7 @@ class Checkpointer:
         storage_options: Passed to the storage. Never recorded.
         background: Write while training goes on. False makes each save wait until it is durable.
         on_divergence: In a job of several ranks: ``warn`` compares digests of parameters and moments that all ranks
-            should hold alike, at each save, and names what differs; ``raise`` saves nothing then; ``off`` does not look.
+            should hold alike, at each save, and names what differs; ``raise`` saves nothing then; ``off`` never looks.
         ranks_timeout: How long a rank may be waited for. In seconds, or a `timedelta`.
 
     Raises:

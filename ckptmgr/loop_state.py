@@ -169,7 +169,7 @@ class LoopObjects:
         storage_options: Mapping[str, Any] | None,
         selection: Selection | None = None,
         *,
-        ranks: Ranks,
+        ranks: Ranks | None = None,
     ) -> int:
         """Put another run's checkpoint into the user's objects alone, and return its step.
 
@@ -178,7 +178,7 @@ class LoopObjects:
             storage_options: For a URL; a path takes none.
             selection: What of the objects to restore; all by default. Without ``progress`` the step is 0. What was not
                 restored is logged.
-            ranks: The processes that do it together.
+            ranks: The processes that do it together; by default this one alone.
 
         Raises:
             StateMismatchError, CheckpointNotFoundError, CorruptCheckpointError: Nothing was changed, on any rank.
@@ -195,7 +195,7 @@ class LoopObjects:
             ranks=ranks,
             shards=self.shards(),
         )
-        if ranks.world_size > 1:
+        if ranks is not None and ranks.world_size > 1:
             ranks.loop.together(
                 "comparing the checkpoint with the live objects", lambda: self._check_alone(loaded, selection)
             )

@@ -1,7 +1,7 @@
 """From a checkpoint to entries in host memory: which documents and which bytes this rank needs, each checked.
 
 A checkpoint of other ranks gives the same state: what is replicated is everybody's, shards are put together or cut
-anew, and of what each rank had for itself, a rank takes what the rank of its number had, or rank 0 where there was none.
+anew, and of what each rank had for itself, a rank takes what the rank of its number had, or rank 0 if there was none.
 """
 
 from __future__ import annotations
