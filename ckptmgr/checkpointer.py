@@ -4,37 +4,33 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, Self
 
 import torch
 
-from ckptmgr.boundary import BoundaryCopy
 from ckptmgr.errors import Preempted, UsageError
 from ckptmgr.launch.requested import requested_run
 from ckptmgr.loading import LoadedCheckpoint
+from ckptmgr.loop_run import LoopRun
 from ckptmgr.loop_state import RESERVED, LoopObjects, SavedPosition, meant_reference
 from ckptmgr.policy.arguments import check_metrics, check_state, check_step, check_switch
 from ckptmgr.policy.from_keywords import retention_from, trigger_from
 from ckptmgr.policy.intervals import Triggers
 from ckptmgr.policy.quantities import parse_duration
 from ckptmgr.policy.retention import RetentionPolicy
-from ckptmgr.preemption import STOPPED, StopSignal, is_wanted_end
-from ckptmgr.ranks.group import DEFAULT_TIMEOUT_S, Ranks
-from ckptmgr.run.reference import Reference
+from ckptmgr.preemption import is_wanted_end
+from ckptmgr.ranks.group import DEFAULT_TIMEOUT_S
 from ckptmgr.schedule import Schedule
-from ckptmgr.state.capture import CapturedEntry, dry_check
+from ckptmgr.state.capture import CapturedEntry
 from ckptmgr.state.changed_options import OptionChange
-from ckptmgr.state.data_position import DataPosition
+from ckptmgr.state.data_position import DataPosition, OnResume
 from ckptmgr.state.divergence import OnDivergence, checked_divergence
 from ckptmgr.state.selection import Selection
 from ckptmgr.state.training_options import OnChangedOptions
-from ckptmgr.topology.join import join_ranks
 from ckptmgr.training_run import Monitor, TrainingRun
 from ckptmgr.words import where_it_begins
 
@@ -135,7 +131,7 @@ class Checkpointer:
         )
         self._monitor = None if monitor is None else Monitor(monitor, mode)
         self._storage_options = storage_options
-        self._open_run_dir = partial(
+        open_run = partial(
             TrainingRun.open,
             self._run_dir,
             retention=kept,
@@ -146,15 +142,18 @@ class Checkpointer:
             on_divergence=checked_divergence(on_divergence),
         )
         self._selection: Selection | None = None
-        self._saves_on_exception = save_on_exception
-        self._signal = StopSignal([signal.SIGTERM] if save_on_signal else [])
-        self._ranks_timeout_s = parse_duration(ranks_timeout, of="Checkpointer(ranks_timeout)")
-        self._ranks: Ranks | None = None
-        self._run: TrainingRun | None = None
-        self._boundary: BoundaryCopy | None = None
+        self._schedule = Schedule(trigger)
+        self._held = LoopRun(
+            self._run_dir,
+            open_run,
+            self._loop,
+            self._schedule,
+            saves_on_exception=save_on_exception,
+            saves_on_signal=save_on_signal,
+            ranks_timeout_s=parse_duration(ranks_timeout, of="Checkpointer(ranks_timeout)"),
+        )
         self._data: DataPosition | None = None
         self._position: SavedPosition | None = None
-        self._schedule = Schedule(trigger)
         self._step = 0
         self._metrics: dict[str, float] = {}
 
@@ -189,7 +188,7 @@ class Checkpointer:
             CheckpointNotFoundError, CorruptCheckpointError: There is nothing (whole) to resume from.
             UnsupportedStateError: A value in the state could never be saved.
         """
-        if self._run is not None:
+        if self._held.is_open:
             raise UsageError("resume() was called twice", next="use restore(reference) to go back within one process")
         return self._open(self._resume)
 
@@ -200,6 +199,10 @@ class Checkpointer:
         on a new line, and `batches` must be called anew. Before `resume`, or with a reference to another run, only the
         user's entries are restored; that writes nothing and disturbs no process that trains in the run.
 
+        Args:
+            reference: A selector, or a reference to a checkpoint of any run.
+            selection: What of it to restore; all by default. What is not restored is logged.
+
         Returns:
             The checkpoint's step.
 
@@ -207,12 +210,12 @@ class Checkpointer:
             StateMismatchError, CheckpointNotFoundError, CorruptCheckpointError: As `resume`.
         """
         own, is_own = meant_reference(reference, self._run_dir, self._storage_options)
-        if self._run is None or not is_own:
-            return self._restore_alone(own, selection)
+        if not (self._held.is_open and is_own):
+            return self._held.restore_alone(own, self._storage_options, selection)
         # Before the attempt is ended: what is not there must not cost the run.
-        self._run.wait()
-        self._run.refuse_missing(own.selector)
-        self._end("preempted")
+        self._held.run.wait()
+        self._held.run.refuse_missing(own.selector)
+        self._held.end("preempted", step=self._step)
         self._data = None
         self._schedule.postpone(None)
         self._selection = selection
@@ -226,7 +229,7 @@ class Checkpointer:
         loader: Iterable[Any],
         *,
         epochs: int | None = None,
-        on_resume: Literal["auto", "skip", "replay"] = "auto",
+        on_resume: OnResume = "auto",
     ) -> Iterator[Any]:
         """Yield the batches of several epochs, from the first one that was not trained yet.
 
@@ -238,13 +241,14 @@ class Checkpointer:
             loader: A DataLoader, a StatefulDataLoader, or anything that can be iterated anew for each epoch.
             epochs: How many in all, counted from the run's start; None for no end.
             on_resume: How to get to the position: ``skip`` without reading, ``replay`` by reading what was trained, or
-                ``auto``: skip where that is exactly the same.
+                ``auto``: skip where that is exactly the same. ``restart`` gives up a position in mid-epoch: that epoch
+                begins anew.
 
         Raises:
             StateMismatchError: The loader is not the one that the position was saved with.
             UsageError: It was called before, in this process.
         """
-        self._open_run()
+        self._held.require_open()
         if self._data is not None:
             raise UsageError(
                 "batches() was called twice",
@@ -270,7 +274,7 @@ class Checkpointer:
             SaveFailedError, Fenced: An earlier save failed, or the run was taken over.
             Preempted: The process was told to stop; the state is saved. Exits with code 75 if nobody catches it.
         """
-        self._open_run()
+        self._held.require_open()
         step = check_step(step, after=self._step)
         is_new = step > self._step
         self._metrics = {**({} if is_new else self._metrics), **check_metrics(metrics)}
@@ -282,10 +286,10 @@ class Checkpointer:
         reason, is_told_to_stop = self._reason_to_save(is_epoch_end=bool(self.is_last_batch))
         if reason is not None:
             self._save(reason)
-        elif self._boundary is not None:
-            self._boundary.keep(self._capture())
+        else:
+            self._held.keep(self._capture)
         if is_told_to_stop:
-            self._stop()
+            self._held.stop(self._step)
 
     def save(self, *, tags: Sequence[str] = (), metrics: Mapping[str, float | torch.Tensor] | None = None) -> None:
         """Save now, at the step that was completed last. Call it right after `step`.
@@ -294,7 +298,7 @@ class Checkpointer:
             tags: Names for the checkpoint. A tagged one is pinned: retention never drops it.
             metrics: Values known now, beside those of the last `step`.
         """
-        self._open_run()
+        self._held.require_open()
         self._warn_of_pending("call save() right after step()")
         self._metrics.update(check_metrics(metrics))
         self._save("asked for", tags=tags)
@@ -313,7 +317,7 @@ class Checkpointer:
             UsageError: No checkpoint of that step is on the line: it was never saved, or retention has dropped it.
             SaveFailedError, Fenced: The last save failed, or the run was taken over.
         """
-        self._open_run().annotate_step(step, check_metrics(metrics))
+        self._held.run.annotate_step(step, check_metrics(metrics))
 
     def wait(self) -> None:
         """Wait until the last save is durable.
@@ -321,8 +325,8 @@ class Checkpointer:
         Raises:
             SaveFailedError, Fenced: It failed.
         """
-        if self._run is not None:
-            self._run.wait()
+        if self._held.is_open:
+            self._held.run.wait()
 
     def close(self) -> None:
         """End the attempt as finished: save what was not saved yet, wait for it, and let go of the run. Idempotent.
@@ -331,13 +335,14 @@ class Checkpointer:
             SaveFailedError, Fenced: The last save failed.
             Preempted: The process was told to stop meanwhile; the state is saved.
         """
-        if self._run is not None:
+        if self._held.is_open:
+            must_stop = self._held.agree_to_stop()
             if self._step > self._schedule.saved_step:
                 if not (self._data and self._data.is_over):
                     self._warn_of_pending("leave the loop right after step()")
-                self._save("signal" if self._signal.received else "end of training")
-            self._end("preempted" if self._signal.received else "finished")
-            if self._signal.received:
+                self._save("signal" if must_stop else "end of training")
+            self._held.end("preempted" if must_stop else "finished", step=self._step)
+            if must_stop:
                 raise Preempted
 
     def __enter__(self) -> Self:
@@ -346,11 +351,11 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._run is None:
+        if not self._held.is_open:
             return
         # The signal that tells the job to stop ends the loader's workers too; between two steps nothing is lost by it.
         has_lost_workers = self._data is not None and self._data.has_lost_workers and not self._data.is_pending
-        if error is None or (has_lost_workers and self._signal.received):
+        if error is None or (has_lost_workers and self._held.is_told_to_stop):
             self.close()
             return
         try:
@@ -361,33 +366,8 @@ class Checkpointer:
             _log.exception("nothing was saved after the exception")
 
     def _open(self, resume: str) -> int:
-        ranks = self._ranks = join_ranks(timeout_s=self._ranks_timeout_s)
-        self._schedule.agree_with(ranks)
-        try:
-            # A state that could never be saved takes no run over, and creates none.
-            ranks.loop.together("looking at the state", lambda: dry_check(self._capture()))
-            run = self._open_run_dir(resume=resume, ranks=ranks, shards=self._loop.shards())
-        except BaseException as error:
-            self._part(error)
-            raise
-        try:
-            if run.continued is None:
-                _log.info("%s", where_it_begins(self._run_dir, None))
-            else:
-                if self._restore(run.continued):
-                    run.continued = None
-            run.accept()
-        except BaseException as error:
-            run.abandon(error)
-            self._part(error)
-            raise
-        run.continued = None
-        self._run = run
+        self._held.open(resume, capture=self._capture, restore=self._restore)
         self._schedule.saved(self._step)
-        self._signal.install()
-        if self._saves_on_exception:
-            self._boundary = BoundaryCopy(self._loop.optimizers)
-            self._boundary.keep(self._capture())
         return self._step
 
     def _restore(self, loaded: LoadedCheckpoint) -> bool:
@@ -398,14 +378,14 @@ class Checkpointer:
         return restored.starts_anew
 
     def _reason_to_save(self, *, is_epoch_end: bool) -> tuple[str | None, bool]:
-        epoch, seen = self._data.epoch if self._data else None, self._open_run().seen
+        epoch, seen = self._data.epoch if self._data else None, self._held.run.seen
         return self._schedule.reason_to_save(
             self._step,
             epoch=epoch,
             is_epoch_end=is_epoch_end,
             metrics=self._metrics,
             seen=seen,
-            signalled=self._signal.received is not None,
+            signalled=self._held.is_told_to_stop,
         )
 
     def _save_at_epoch_end(self, epoch: int) -> None:
@@ -427,73 +407,19 @@ class Checkpointer:
         return self._loop.capture(step=self._step, metrics=self._metrics, data=self._data, position=self._position)
 
     def _save(self, reason: str, *, tags: Sequence[str] = (), entries: list[CapturedEntry] | None = None) -> None:
-        run = self._open_run()
         if entries is None:
             entries = self._capture()
-            if self._boundary is not None:
-                self._boundary.keep(entries)
-        run.save(
-            entries,
-            step=self._step,
-            epoch=self._data.epoch if self._data else None,
-            reason=reason,
-            metrics=self._metrics,
-            tags=tags,
-        )
-        self._schedule.saved(self._step)
-        run.tell_missing_monitor(self._metrics)
+            captured = entries
+            self._held.keep(lambda: captured)
+        epoch = self._data.epoch if self._data else None
+        self._held.save(entries, reason, step=self._step, epoch=epoch, metrics=self._metrics, tags=tags)
 
     def _save_after(self, error: BaseException) -> None:
         kind = type(error).__name__
         try:
-            if self._step > self._schedule.saved_step:
-                entries = self._boundary.entries() if self._boundary else None
-                if entries is not None:
-                    self._save(f"exception: {kind}", entries=entries)
-                else:
-                    why = "an optimizer step was under way" if self._boundary else "save_on_exception is off"
-                    what = "steps %d to %d are lost: %s left the loop, and nothing is saved, because %s"
-                    _log.warning(what, self._schedule.saved_step + 1, self._step, kind, why)
+            entries = self._held.boundary_after(kind, step=self._step)
+            if entries is not None:
+                self._save(f"exception: {kind}", entries=entries)
         finally:
-            self._end("preempted" if is_wanted_end(error) else "failed", error=f"{kind}: {error}")
-
-    def _end(self, outcome: Literal["finished", "failed", "preempted"], *, error: str | None = None) -> None:
-        run, self._run = self._run, None
-        if self._boundary is not None:
-            self._boundary.close()
-            self._boundary = None
-        try:
-            if run is not None:
-                run.close(outcome, step=self._step, error=error)
-        finally:
-            self._part(sys.exception())
-            # Last: a second signal must not end the process while the save that the first one asked for is written.
-            self._signal.uninstall()
-
-    def _stop(self) -> NoReturn:
-        # Also on ranks that got no signal: the job ends as one.
-        self._end("preempted")
-        _log.warning(STOPPED, self._run_dir, self._step)
-        raise Preempted
-
-    def _restore_alone(self, reference: Reference, selection: Selection | None) -> int:
-        ranks = self._ranks or join_ranks(timeout_s=self._ranks_timeout_s)
-        try:
-            return self._loop.restore_alone(reference, self._storage_options, selection, ranks=ranks)
-        finally:
-            if ranks is not self._ranks:
-                ranks.close()
-
-    def _part(self, error: BaseException | None) -> None:
-        ranks, self._ranks = self._ranks, None
-        if ranks is not None:
-            ranks.close(error)
-
-    def _open_run(self) -> TrainingRun:
-        if self._run is None:
-            raise UsageError(
-                f"the run in {self._run_dir} is not open",
-                why="resume() was not called yet, or the checkpointer was closed",
-                next="call step = ckpt.resume() once, before the loop: it returns 0 on a fresh run",
-            )
-        return self._run
+            outcome: Literal["preempted", "failed"] = "preempted" if is_wanted_end(error) else "failed"
+            self._held.end(outcome, step=self._step, error=f"{kind}: {error}")

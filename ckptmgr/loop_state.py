@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch.optim import Optimizer
 
@@ -15,7 +15,7 @@ from ckptmgr.ranks.group import Ranks
 from ckptmgr.run.reference import Reference, parse_reference
 from ckptmgr.state.capture import CapturedEntry, capture_state, check_state, restore_state
 from ckptmgr.state.changed_options import OptionChange
-from ckptmgr.state.data_position import DataPosition
+from ckptmgr.state.data_position import DataPosition, OnResume
 from ckptmgr.state.loader_facts import describe_loader
 from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.renamed_entries import in_live_names
@@ -252,7 +252,7 @@ class LoopObjects:
         saved: SavedPosition | None,
         *,
         epochs: int | None,
-        on_resume: Literal["auto", "skip", "replay"],
+        on_resume: OnResume,
         on_epoch_end: Callable[[int], None],
     ) -> tuple[DataPosition, bool]:
         """Take up a loop over a loader's batches, where it was left if it was; say whether all epochs were trained.

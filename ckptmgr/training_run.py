@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ckptmgr.claim import RunClaim
@@ -23,7 +23,7 @@ from ckptmgr.joint_save import JointSaves
 from ckptmgr.launch.redact import redact_text, secret_values
 from ckptmgr.launch.relaunch import RUN_DIR_VARIABLE
 from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
-from ckptmgr.policy.retention import CheckpointFacts, RetentionPolicy, best, plan
+from ckptmgr.policy.retention import CheckpointFacts, RetentionPolicy
 from ckptmgr.policy.triggers import MetricSpan, widen_spans
 from ckptmgr.ranks.group import Ranks
 from ckptmgr.run.catalog import Catalog
@@ -32,8 +32,8 @@ from ckptmgr.run.commit import CheckpointFields
 from ckptmgr.run.environment import recorded_versions
 from ckptmgr.run.facts import facts_from_plain, facts_to_plain
 from ckptmgr.run.lineage import record_end, record_line, refuse_if_fenced
-from ckptmgr.run.prune import collect_temporary, collect_torn, delete_checkpoints
 from ckptmgr.run.reference import checked_tags
+from ckptmgr.saved_so_far import SavedSoFar
 from ckptmgr.state.capture import CapturedEntry
 from ckptmgr.state.divergence import OnDivergence
 from ckptmgr.state.sharding import LiveShards
@@ -68,7 +68,6 @@ class TrainingRun:
         run_dir: The run's root, as the user named it.
         continued: What to restore; None on a fresh start. Set it to None once restored, to free the memory.
         monitor: Says which checkpoint is best; None where nobody does.
-        seen: Span of each metric over the saves of the line so far.
     """
 
     def __init__(
@@ -86,7 +85,6 @@ class TrainingRun:
         self.storage = storage
         self.monitor = monitor
         self.continued: LoadedCheckpoint | None = None
-        self._retention = retention
         self._writer = BackgroundWriter(background=background)
         self._buffers = SnapshotBuffers()
         self._ranks = ranks
@@ -95,10 +93,7 @@ class TrainingRun:
         self._nsaves = 0
         self._nnotes = 0
         self._continuation: Continuation | None = None
-        self._known: dict[CheckpointId, Manifest] = {}
-        self._facts: dict[CheckpointId, CheckpointFacts] = {}
-        self.seen: dict[str, MetricSpan] = {}
-        self._dropping: set[CheckpointId] = set()
+        self._saved = SavedSoFar(storage, retention, deletes=ranks.leads)
         self._has_told_monitor = False
         self._is_accepted = False
         self._is_closed = False
@@ -177,6 +172,11 @@ class TrainingRun:
         return run
 
     @property
+    def seen(self) -> Mapping[str, MetricSpan]:
+        """Span of each metric over the saves of the line so far."""
+        return self._saved.seen
+
+    @property
     def attempt(self) -> int:
         """The number of this attempt, from 1."""
         return self._attempt
@@ -189,14 +189,13 @@ class TrainingRun:
             self._continuation = record_line(self.storage, self._attempt, manifest)
             catalog = Catalog(self.storage, known={manifest.id: manifest} if manifest else None)
             intact = [checkpoint for checkpoint in catalog.on_line if catalog.why_not_intact(checkpoint) is None]
-            self._known = {checkpoint: catalog.manifest(checkpoint) for checkpoint in intact}
+            self._saved.manifests = {checkpoint: catalog.manifest(checkpoint) for checkpoint in intact}
             return [facts_to_plain(catalog.facts(checkpoint)) for checkpoint in intact]
 
         told = self._ranks.loop.decide("accepting what is continued", accept)
         self._is_accepted = True
         for facts in map(facts_from_plain, told):
-            self._facts[CheckpointId.parse(facts.id)] = facts
-            self.seen = widen_spans(self.seen, facts.metrics)
+            self._saved.add(facts)
 
     def save(
         self,
@@ -241,7 +240,7 @@ class TrainingRun:
         )
         checkpoint = CheckpointId(step, self._attempt, self._nsaves)
         self._nsaves += 1
-        self.seen = widen_spans(self.seen, metrics or {})
+        self._saved.seen = widen_spans(self._saved.seen, metrics or {})
         fields = CheckpointFields(
             run_id=self._run_id,
             reason=reason,
@@ -291,12 +290,7 @@ class TrainingRun:
 
         self._ranks.loop.decide(f"adding to the checkpoint of step {checkpoint.step}", write)
         self._nnotes += 1
-        self.seen = widen_spans(self.seen, metrics or {})
-        known = self._facts.get(checkpoint)
-        if known is not None:
-            self._facts[checkpoint] = replace(
-                known, metrics={**known.metrics, **(metrics or {})}, tags=known.tags | set(tags)
-            )
+        self._saved.annotate(checkpoint, metrics or {}, tags)
 
     def annotate_step(self, step: int | None, metrics: Mapping[str, float]) -> None:
         """Add metrics to the checkpoint of a step, by default to the newest one. Waits for it to be durable.
@@ -305,16 +299,7 @@ class TrainingRun:
             UsageError: No checkpoint of that step is on the line (any more).
         """
         self.wait()
-        found = max((id for id in self._facts if step is None or id.step == step), default=None)
-        if found is None:
-            steps = ", ".join(str(step) for step in sorted({id.step for id in self._facts})[-8:])
-            raise UsageError(
-                f"no checkpoint of step {step!r} can take metrics in {self.run_dir}"
-                if step is not None
-                else f"no checkpoint can take metrics in {self.run_dir}: nothing was saved yet",
-                why=f"it was never saved, or retention has dropped it; saved are: {steps}" if steps else None,
-                next="add metrics to a step that is saved, or save first",
-            )
+        found = self._saved.of_step(step, where=self.run_dir)
         if metrics:
             self.annotate(found, metrics=metrics)
 
@@ -328,14 +313,11 @@ class TrainingRun:
 
     def latest(self) -> CheckpointId | None:
         """Return the newest checkpoint on the line that this process knows to be durable."""
-        return max(self._facts, default=None)
+        return self._saved.latest()
 
     def best(self) -> tuple[CheckpointId, float] | None:
         """Return the best checkpoint on the line, and its value of the monitored metric."""
-        if self.monitor is None:
-            return None
-        found = best(list(self._facts.values()), self.monitor.metric, self.monitor.mode)
-        return None if found is None else (CheckpointId.parse(found.id), found.metrics[self.monitor.metric])
+        return None if self.monitor is None else self._saved.best(self.monitor.metric, self.monitor.mode)
 
     def refuse_missing(self, selector: str) -> None:
         """Raise if nothing in the run answers to a selector.
@@ -376,7 +358,7 @@ class TrainingRun:
                 self._record_end("failed", step, f"{type(failure).__name__}: {failure}")
             raise
         if self._is_accepted:
-            self._delete(self._dropping)
+            self._saved.delete_the_rest(self._attempt)
         self._record_end(outcome, step, error)
 
     def abandon(self, error: BaseException) -> None:
@@ -420,39 +402,9 @@ class TrainingRun:
                 *(checkpoint.step, manifest.reason, format_nbytes(manifest.nbytes), printable_place(self.run_dir)),
                 *(format_seconds(blocked_s), format_seconds(time.monotonic() - began)),
             )
-            self._known[checkpoint] = manifest
-        self._facts[checkpoint] = facts
-        self._retain()
-
-    def _retain(self) -> None:
-        dropped = {CheckpointId.parse(id) for id in plan(self._retention, list(self._facts.values())).drop}
-        # One save behind: a reader that has just resolved a reference can still read what it names.
-        self._delete(self._dropping & dropped)
-        self._dropping = dropped - self._dropping
-
-    def _delete(self, drop: set[CheckpointId]) -> None:
-        try:
-            # The other ranks only keep in mind what rank 0 deletes.
-            if self._ranks.leads:
-                self._delete_stored(drop)
-        except CkptmgrError as error:
-            # The save itself is durable. What could not be deleted is tried again at the next one.
-            _log.warning("could not delete old checkpoints: %s", error)
-            return
-        for checkpoint in drop:
-            self._facts.pop(checkpoint, None)
-            self._known.pop(checkpoint, None)
-
-    def _delete_stored(self, drop: set[CheckpointId]) -> None:
-        catalog = Catalog(self.storage, known=self._known)
-        refuse_if_fenced(self.storage, self._attempt)
-        if catalog.line.head != self._attempt:
-            _log.warning("nothing old is deleted: the line of attempt %d cannot be read", self._attempt)
-            return
-        # Checkpoints beside the line stay: who went back by mistake, or started anew, finds all of them again.
-        delete_checkpoints(catalog, drop)
-        collect_torn(catalog, self._attempt)
-        collect_temporary(catalog, self._attempt)
+            self._saved.manifests[checkpoint] = manifest
+        self._saved.add(facts)
+        self._saved.retain(self._attempt)
 
 
 def _tell_unclosed(run_dir: str, pid: int) -> None:

@@ -53,13 +53,16 @@ class Channel:
         world_size: Number of processes.
         links: On rank 0 one to each other rank, elsewhere one to rank 0.
         timeout_s: How long a rank may be waited for.
+
+    Attributes:
+        timeout_s: The same; may be changed.
     """
 
     def __init__(self, rank: int, world_size: int, links: Mapping[int, Link], *, timeout_s: float) -> None:
         self.rank = rank
         self.world_size = world_size
         self._links = dict(links)
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._number = 0
         self._broken: str | None = None
 
@@ -140,7 +143,7 @@ class Channel:
         reports, lost = receive_from_all(
             self._links,
             what=what,
-            timeout_s=self._timeout_s,
+            timeout_s=self.timeout_s,
             is_current=lambda message: message["number"] >= number,
         )
         reports[0] = report
@@ -168,7 +171,7 @@ class Channel:
                 raise
         for rank, link in self._links.items():
             try:
-                link.send({"number": number, **verdict}, timeout_s=self._timeout_s)
+                link.send({"number": number, **verdict}, timeout_s=self.timeout_s)
             except (LinkClosed, TimeoutError):
                 # It is told of at the next operation, unless this one failed anyway.
                 self._broken = self._broken or f"rank {rank} is gone"
@@ -177,9 +180,9 @@ class Channel:
     def _follow(self, what: str, report: dict[str, Any]) -> dict[str, Any]:
         link = self._links[0]
         try:
-            link.send(report, timeout_s=self._timeout_s)
+            link.send(report, timeout_s=self.timeout_s)
             while True:
-                verdict: dict[str, Any] = link.receive(timeout_s=_PATIENCE * self._timeout_s)
+                verdict: dict[str, Any] = link.receive(timeout_s=_PATIENCE * self.timeout_s)
                 if verdict["number"] == _LEFT:
                     self._broken = "rank 0 has left"
                     if "error" in verdict:
@@ -191,7 +194,7 @@ class Channel:
             self._broken = "rank 0 is gone"
             return {"error": _joined(what, {0: _lost(f"it is gone: {error}")})}
         except TimeoutError:
-            return {"error": _joined(what, {0: _lost(f"it has not answered for {_PATIENCE * self._timeout_s:g} s")})}
+            return {"error": _joined(what, {0: _lost(f"it has not answered for {_PATIENCE * self.timeout_s:g} s")})}
 
     def _leave(self, report: dict[str, Any]) -> None:
         for link in self._links.values():
@@ -277,6 +280,11 @@ class Ranks:
     def leads(self) -> bool:
         """Whether this is rank 0, which decides and commits."""
         return self.rank == 0
+
+    def hurry(self, timeout_s: float) -> None:
+        """Wait no longer than this for a rank, from now on. In seconds."""
+        for channel in (self.loop, self.saves):
+            channel.timeout_s = min(channel.timeout_s, timeout_s)
 
     def close(self, error: BaseException | None = None) -> None:
         """Part from the other ranks; because of an error, if there was one."""

@@ -69,7 +69,7 @@ class DataPosition(Iterator[Any]):
             iterated repeatedly, or a function that returns an iterable.
         epochs: How many epochs to hand out in total, those before a restart included. None: without end.
         on_resume: ``"auto"`` is exact and reads as little as that allows. ``"skip"`` never reads trained batches again,
-            ``"replay"`` always does.
+            ``"replay"`` always does. ``"restart"`` gives up the position: an epoch that was interrupted begins anew.
         notify: Takes one sentence for the user.
         on_epoch_end: Called with the epoch when its last batch was trained and the loader has ended, before the next
             epoch begins; a position taken there resumes with the next epoch.
@@ -92,8 +92,8 @@ class DataPosition(Iterator[Any]):
         notify: Callable[[str], None],
         on_epoch_end: Callable[[int], None] | None = None,
     ) -> None:
-        if on_resume not in ("auto", "skip", "replay"):
-            raise UsageError(f"on_resume={on_resume!r}", why="it is 'auto', 'skip' or 'replay'")
+        if on_resume not in ("auto", "skip", "replay", "restart"):
+            raise UsageError(f"on_resume={on_resume!r}", why="it is 'auto', 'skip', 'replay' or 'restart'")
         if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0):
             raise UsageError(f"epochs={epochs!r}", why="it is a whole number of at least 0, or None for no end")
         self._loader = loader
@@ -238,6 +238,9 @@ class DataPosition(Iterator[Any]):
                 why=f"this version reads up to {_RECUT_VERSION}",
                 next="resume with the version of ckptmgr that saved it",
             )
+        if self._on_resume == "restart" and not is_boundary(state):
+            self._restart_epoch(state, rng)
+            return
         changed = differences(state["facts"], describe_loader(self._loader))
         recut = None if is_boundary(state) else recut_position(state, self._loader)
         if recut is not None:
@@ -247,12 +250,20 @@ class DataPosition(Iterator[Any]):
             raise StateMismatchError(
                 f"the loader is not the one that stood at batch {state['batch']} of epoch {state['epoch']}",
                 why="; ".join(changed),
-                next="resume with the loader of that run, or from a checkpoint at the end of an epoch",
+                next="resume with the loader of that run, or from a checkpoint at the end of an epoch; "
+                "on_resume='restart' trains the epoch from its beginning once more",
             )
         if changed:
             self._notify(f"the loader has changed since epoch {state['epoch']}: {'; '.join(changed)}")
         self._pending, self._pending_rng = state, rng
         self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
+        self.mark_step()
+
+    def _restart_epoch(self, state: Mapping[str, Any], rng: Mapping[str, Any] | None) -> None:
+        self.epoch = int(state["epoch"])
+        self._notify(f"epoch {self.epoch} begins anew: {batches_passed(state)} batches of it are trained once more")
+        for note in restore_rng(rng) if rng is not None else ():
+            self._notify(note)
         self.mark_step()
 
     def _loader_state(self) -> Any:

@@ -40,6 +40,8 @@ __all__ = [
 
 _PLAIN_DATA = (TensorDataset, list, tuple, range, np.ndarray, torch.Tensor)
 # What decides which samples make up batch k. A change in mid-epoch would repeat some samples and skip others.
+# What facts of early checkpoints, and of jobs of one process, do not say.
+_UNSAID = {"world_size": 1}
 _SHAPE_FACTS = ("kind", "sampler", "dataset_length", "batch_size", "drop_last", "batches", "sample_seed", "world_size")
 
 
@@ -108,22 +110,39 @@ def describe_loader(source: object) -> dict[str, Any]:
         "keeps_workers": keeps_workers(source),
         "sample_seed": seeds[0] if seeds else None,
     }
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if (world_size := torch.distributed.get_world_size()) > 1:
+            facts["world_size"] = world_size
+        if getattr(dataset, "is_elastic", False) is True:
+            facts["is_elastic"] = True
     if isinstance(batch_sampler, ElasticSampler):
         facts |= {"batch_size": batch_sampler.global_batch_size, "world_size": batch_sampler.world_size}
     return facts
 
 
 def differences(saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each fact by which batch k of the live loader is not that of the saved one."""
-    names = list(_SHAPE_FACTS)
+    """Return a sentence for each fact by which batch k of the live loader is not that of the saved one.
+
+    A data set with ``is_elastic = True`` says that its state means the same on any number of ranks.
+    """
+    names = [name for name in _SHAPE_FACTS if name != "world_size" or not live.get("is_elastic")]
     if live.get("kind") != "map":
         # Each worker reads a share of an iterable data set, and a stateful loader keeps a state for each of them.
         names.append("num_workers")
     return [
-        f"{name} is {saved.get(name)} in the checkpoint, {live.get(name)} in the live loader"
+        _ranks_differ(saved.get(name) or 1, live.get(name) or 1)
+        if name == "world_size"
+        else f"{name} is {saved.get(name)} in the checkpoint, {live.get(name)} in the live loader"
         for name in names
-        if saved.get(name) != live.get(name)
+        if (saved.get(name) or _UNSAID.get(name)) != (live.get(name) or _UNSAID.get(name))
     ]
+
+
+def _ranks_differ(saved: int, live: int) -> str:
+    return (
+        f"{saved} ranks have read it, each its own batches, and this job has {live}: which samples are left cannot be "
+        "told without an ElasticSampler (or a data set with is_elastic = True)"
+    )
 
 
 def why_reading_may_differ(loader: DataLoader[Any]) -> str | None:

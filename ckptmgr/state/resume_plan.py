@@ -13,7 +13,7 @@ from ckptmgr.state.loader_facts import describe_loader, differences, why_reading
 
 __all__ = ["How", "OnResume", "ResumePlan", "is_boundary", "plan_resume"]
 
-OnResume: TypeAlias = Literal["auto", "skip", "replay"]
+OnResume: TypeAlias = Literal["auto", "skip", "replay", "restart"]
 How: TypeAlias = Literal["boundary", "skip", "load", "replay"]
 
 _REMEDY = "wrap the data set in PerSampleSeed"

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from saved_state import InMemoryReader
 
 from ckptmgr.state.capture import dry_check
-from ckptmgr.state.read_entries import load_entries
 from ckptmgr.state.entry import CapturedEntry
+from ckptmgr.state.read_entries import load_entries
 from ckptmgr.state.snapshot import SnapshotBuffers
 from ckptmgr.state.tensors import STORED_DTYPES
 

@@ -13,9 +13,9 @@ from ckptmgr.format.manifest import EntryRecord, FileRecord, Manifest, TensorRec
 from ckptmgr.format.payload import FilePayload
 from ckptmgr.format.record import parse_json
 from ckptmgr.state.capture import capture_state, dry_check, restore_state
-from ckptmgr.state.read_entries import load_entries
 from ckptmgr.state.entry import CapturedEntry
 from ckptmgr.state.handlers import HandlerRegistry
+from ckptmgr.state.read_entries import load_entries
 from ckptmgr.state.snapshot import SnapshotBuffers
 
 

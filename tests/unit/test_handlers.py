@@ -15,8 +15,8 @@ from torch.optim import lr_scheduler as schedules
 
 from ckptmgr.errors import StateMismatchError, UnsupportedStateError, UsageError
 from ckptmgr.state.capture import capture_state, check_state, dry_check, restore_state
-from ckptmgr.state.read_entries import load_entries
 from ckptmgr.state.handlers import HandlerRegistry
+from ckptmgr.state.read_entries import load_entries
 from ckptmgr.state.snapshot import SnapshotBuffers
 
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from ckptmgr.errors import CorruptCheckpointError, UnsupportedStateError
 from ckptmgr.state.capture import capture_state, dry_check
-from ckptmgr.state.read_entries import load_entries
 from ckptmgr.state.entry import CapturedEntry
 from ckptmgr.state.handlers import HandlerRegistry
+from ckptmgr.state.read_entries import load_entries
 from ckptmgr.state.snapshot import SnapshotBuffers
 from ckptmgr.state.tensors import STORED_DTYPES, tensor_from_bytes
 
