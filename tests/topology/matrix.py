@@ -102,8 +102,15 @@ class Matrix:
         return self._folder / f"run-{name}"
 
 
-def write_record(face: str, matrix: Matrix, versions: dict[str, str]) -> None:
-    """Put a face's outcomes into the record, if this session was asked to."""
+def write_record(face: str, matrix: Matrix, versions: dict[str, str], *, notes: Sequence[str] = ()) -> None:
+    """Put a face's outcomes into the record, if this session was asked to.
+
+    Args:
+        face: ``plain`` or ``lightning``.
+        matrix: What was found.
+        versions: Of the libraries that it depends on besides torch.
+        notes: What the table cannot show.
+    """
     if WRITES not in os.environ or not matrix.is_complete:
         return
     record: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
@@ -111,6 +118,7 @@ def write_record(face: str, matrix: Matrix, versions: dict[str, str]) -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"torch": torch.__version__, **versions},
         "tolerance": TOLERANCE,
+        "notes": list(notes),
         "cells": matrix.outcomes(),
     }
     RECORD.write_text(json.dumps(dict(sorted(record.items(), reverse=True)), indent=1) + "\n")

@@ -48,10 +48,12 @@ def _face(title: str, face: Mapping[str, Any], titles: Mapping[str, str]) -> Ite
     problems: list[str] = []
     for saved, row in cells.items():
         yield f"| {titles[saved]} | {' | '.join(_cell(row[name], saved == name, problems) for name in cells)} |"
-    if problems:
+    if problems or face["notes"]:
         yield ""
     for number, problem in enumerate(problems, 1):
         yield f"- ✗{number}: {problem}"
+    for note in face["notes"]:
+        yield f"- {note}"
 
 
 def _cell(cell: Mapping[str, Any], is_same: bool, problems: list[str]) -> str:

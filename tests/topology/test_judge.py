@@ -178,8 +178,9 @@ def test_a_table_has_a_footnote_for_each_problem() -> None:
     face = {
         "date": "2000-01-01",
         "versions": {"torch": "2"},
+        "notes": ["n"],
         "cells": {"a": {"a": well, "b": bad}, "b": {"a": well, "b": bad}},
     }
     lines = render({"plain": face}, {"a": "A", "b": "B"}).splitlines()
     assert lines[0].endswith("2 of 4 are well.")
-    assert lines[-4:] == ["| A | identical | ✗1 |", "| B | 4.8e-07 | ✗1 |", "", "- ✗1: x"]
+    assert lines[-5:] == ["| A | identical | ✗1 |", "| B | 4.8e-07 | ✗1 |", "", "- ✗1: x", "- n"]
