@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -89,8 +90,11 @@ def launch_all(script: str, tasks: Sequence[Task], *, processes: int) -> dict[Ta
 def launch(script: str, *arguments: str, processes: int) -> tuple[int | None, str]:
     """Start a program under torchrun and wait until it has ended; return its exit code and what it wrote."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    # nn.DataParallel would take any GPU that it sees, and the others train on the CPU.
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [*torchrun, str(ROOM / script), *arguments]
     with subprocess.Popen(
-        [*torchrun, str(ROOM / script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         try:
             log, _ = process.communicate(timeout=DEADLINE_S)
