@@ -127,8 +127,7 @@ class LoopRun:
             raise
         try:
             if run.continued is None:
-                if ranks.leads:
-                    _log.info("%s", where_it_begins(self._run_dir, None))
+                _log.info("%s", where_it_begins(self._run_dir, None))
             elif restore(run.continued):
                 run.continued = None
             run.accept()

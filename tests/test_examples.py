@@ -59,6 +59,16 @@ def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
     assert commands >= 4
 
 
+def test_the_block_for_several_ranks_goes_on_from_two_ranks_to_one(tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
+    (tmp_path / "train.py").write_text(next(block for block in blocks if "DistributedDataParallel" in block))
+    job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    run(*job, cwd=tmp_path)
+    shown = run(sys.executable, "-m", "ckptmgr", "ls", "runs/three", "--json", cwd=tmp_path)
+    assert '"step": 16' in shown
+    run(sys.executable, "train.py", cwd=tmp_path)
+
+
 def test_every_make_target_that_the_readme_names_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
     named = [target for targets in re.findall(r"(?:^\$ |`)make ([a-z ]+)", README, re.M) for target in targets.split()]

@@ -11,6 +11,7 @@ All three are `exchange`. With one rank there is nobody to talk to: the work is 
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -18,10 +19,13 @@ from typing import Any, TypeVar
 from ckptmgr import errors
 from ckptmgr.errors import CkptmgrError, TopologyError
 from ckptmgr.ranks.links import Link, LinkClosed, accept_links, connect, listen, receive_from_all
+from ckptmgr.ranks.told import OfRank
 
 __all__ = ["DEFAULT_TIMEOUT_S", "Channel", "RankFailure", "Ranks"]
 
 T = TypeVar("T")
+
+_log = logging.getLogger("ckptmgr")
 
 DEFAULT_TIMEOUT_S = 1800.0
 """How long a rank may be waited for, by default. In seconds."""
@@ -222,6 +226,9 @@ class Ranks:
         self.world_size = world_size
         self.loop = channels["loop"]
         self.saves = channels["saves"]
+        self._voice = None if rank == 0 else OfRank(rank)
+        if self._voice is not None:
+            _log.addFilter(self._voice)
 
     @classmethod
     def alone(cls) -> Ranks:
@@ -290,6 +297,8 @@ class Ranks:
         """Part from the other ranks; because of an error, if there was one."""
         self.saves.close(error)
         self.loop.close(error)
+        if self._voice is not None:
+            _log.removeFilter(self._voice)
 
 
 _RESTART = "end all ranks and start the job again: it goes on from the newest committed checkpoint"

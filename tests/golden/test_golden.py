@@ -11,13 +11,21 @@ from golden_state import STEP, golden_state, golden_values
 from safetensors.torch import load_file
 
 from ckptmgr.run.catalog import Catalog
+from ckptmgr.run.reader import CheckpointReader
 from ckptmgr.run.verify import verify_checkpoint
 from ckptmgr.state.capture import check_state, restore_state
+from ckptmgr.state.read_entries import load_entries
 from ckptmgr.storage.local import LocalStorage
 from ckptmgr.training_run import load_checkpoint
 
 VERSIONS = sorted(path for path in Path(__file__).parent.glob("v*") if path.is_dir())
-DIGESTS = {"v1": "d569c0acc45343cea00b7d873ce7ead072d9cef78f26061db1a5df879eb6e256"}
+DIGESTS = {
+    "v1": "d569c0acc45343cea00b7d873ce7ead072d9cef78f26061db1a5df879eb6e256",
+    "v2": "5ea9fe9d2e578e8c67f1a6e6a3f443aaff909571668c38ac10ffe33e45d3e5f4",
+}
+# Of two ranks: which dimension of a parameter is sharded, and what each rank has for itself.
+SHARDED = {"first.weight": 1, "last.weight": 0, "last.bias": 0}
+OWN = "own"
 
 
 def same(one: Any, other: Any) -> bool:
@@ -65,7 +73,7 @@ def test_every_version_is_restored_into_live_objects(root: Path) -> None:
             tensor.zero_()
     state["optimizer"].state.clear()
     state["extra"].clear()
-    entries = list(load_checkpoint(str(root)).entries.values())
+    entries = [entry for entry in load_checkpoint(str(root)).entries.values() if entry.name != OWN]
     check_state(state, entries)
     restore_state(state, entries)
     assert same(dict(state["model"].state_dict()), dict(expected["model"].state_dict()))
@@ -79,6 +87,18 @@ def test_every_version_is_restored_into_live_objects(root: Path) -> None:
 def test_the_weights_of_every_version_are_readable_without_ckptmgr(root: Path) -> None:
     folder = root / Catalog(LocalStorage(root)).latest().id.folder
     tensors = load_file(folder / "model.safetensors")
+    for other in sorted(folder.glob("model-rank-*.safetensors")):
+        for name, tensor in load_file(other).items():
+            tensors[name] = torch.cat([tensors[name], tensor], SHARDED[name]) if name in tensors else tensor
     expected = golden_state()["model"].state_dict()
     assert tensors.keys() == expected.keys() - {"tied.weight"}
     assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
+
+
+def test_each_rank_gets_back_what_it_had_for_itself() -> None:
+    catalog = Catalog(LocalStorage(Path(__file__).parent / "v2"))
+    reader = CheckpointReader(catalog.storage, catalog.latest())
+    for rank in range(2):
+        assert load_entries(reader, [OWN], rank=rank)[OWN].tree == {"rank": rank}
+    assert {entry.name: entry.scope for entry in catalog.latest().entries}[OWN] == "per-rank"
+    assert {entry.name: entry.scope for entry in catalog.latest().entries}["extra"] == "replicated"

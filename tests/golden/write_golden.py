@@ -1,4 +1,4 @@
-"""Write the golden run of the present format version. Run once for each version; its files are then never touched.
+"""Write the golden run of format version 1. Run once; its files are then never touched.
 
 python tests/golden/write_golden.py tests/golden/v1
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 from golden_state import STEP, golden_state
 
-from ckptmgr import training_run
+from ckptmgr import claim
 from ckptmgr.policy.retention import KeepAll
 from ckptmgr.state.capture import capture_state
 from ckptmgr.training_run import Monitor, TrainingRun
@@ -27,7 +27,7 @@ class Start(msgspec.Struct):
 def main(folder: str) -> None:
     if Path(folder).exists():
         raise SystemExit(f"{folder} exists, and golden files are never written twice")
-    training_run.describe_start = lambda **_: Start()  # type: ignore[assignment, return-value]
+    claim.describe_start = lambda **_: Start()  # type: ignore[assignment, return-value]
     socket.gethostname, os.getpid = (lambda: "golden"), (lambda: 1)
     run = TrainingRun.open(folder, retention=KeepAll(), monitor=Monitor("loss"), background=False)
     run.accept()
