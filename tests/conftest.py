@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 LEFT_OUT = pytest.StashKey[int]()
 # Few tests that take long: begun last, they would be waited for by one process while the other has nothing to do.
-LONG = ("test_life_of_a_run", "test_examples", "test_configs", "crash", "resume")
+LONG = ("test_life_of_a_run", "test_examples", "test_configs", "crash", "resume", "topology")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
