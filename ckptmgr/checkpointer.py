@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
@@ -12,7 +13,7 @@ from typing import Any, Literal, Self
 
 import torch
 
-from ckptmgr.errors import Preempted, UsageError
+from ckptmgr.errors import CkptmgrError, Preempted, UsageError
 from ckptmgr.launch.requested import requested_run
 from ckptmgr.loading import LoadedCheckpoint
 from ckptmgr.loop_run import LoopRun
@@ -335,15 +336,21 @@ class Checkpointer:
             SaveFailedError, Fenced: The last save failed.
             Preempted: The process was told to stop meanwhile; the state is saved.
         """
-        if self._held.is_open:
+        if not self._held.is_open:
+            return
+        try:
             must_stop = self._held.agree_to_stop()
             if self._step > self._schedule.saved_step:
                 if not (self._data and self._data.is_over):
                     self._warn_of_pending("leave the loop right after step()")
                 self._save("signal" if must_stop else "end of training")
-            self._held.end("preempted" if must_stop else "finished", step=self._step)
-            if must_stop:
-                raise Preempted
+        except BaseException as error:
+            with suppress(CkptmgrError):
+                self._held.end("failed", step=self._step, error=f"{type(error).__name__}: {error}")
+            raise
+        self._held.end("preempted" if must_stop else "finished", step=self._step)
+        if must_stop:
+            raise Preempted
 
     def __enter__(self) -> Self:
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,11 +27,38 @@ from ckptmgr.state.sharding import mesh_sizes
 from ckptmgr.state.shares import Layout, Share, layout_digest, layout_of, plan_shares, refuse_different_layouts
 from ckptmgr.storage.protocol import Storage
 
-__all__ = ["JointSaves"]
+__all__ = ["JointSaves", "prove_state"]
 
 _log = logging.getLogger("ckptmgr")
 
 _SHOWN = 8
+
+
+def prove_state(ranks: Ranks, capture: Callable[[], Sequence[CapturedEntry]]) -> None:
+    """Prove, before anything is claimed, that every rank's state can be saved, and that the ranks hold the same.
+
+    Args:
+        ranks: The processes of the job.
+        capture: Returns this rank's capture.
+
+    Raises:
+        UnsupportedStateError: A value that cannot be stored.
+        StateMismatchError: The ranks do not hold the same tensors; tells which.
+        RankFailure: A rank failed, is gone, or late.
+    """
+    layout: Layout = []
+
+    def look() -> str:
+        entries = capture()
+        dry_check(entries)
+        if ranks.world_size > 1:
+            layout.extend(layout_of(entries, [EntryEncoder(entry) for entry in entries]))
+        return layout_digest(layout)
+
+    what = "looking at the state"
+    if not ranks.loop.exchange(what, look, lambda digests: len(set(digests)) == 1):
+        # With shards, layouts differ by design: their places in the whole do.
+        ranks.loop.exchange(f"{what} of all ranks", lambda: layout, refuse_different_layouts)
 
 
 class JointSaves:
@@ -82,11 +109,11 @@ class JointSaves:
         self._is_proved = True
         if self._ranks.world_size == 1:
             return encoders, Share.OF_ONE
-        if told["has_diverged"]:
-            self._tell_divergence(what, entries, encoders)
         if not told["is_known"]:
             shares = self._ranks.loop.exchange(f"sharing out {what}", lambda: layout, self._plan)
             self._mine = frozenset((layout[i][0], layout[i][1]) for i in shares[self._ranks.rank])
+        if told["has_diverged"]:
+            self._tell_divergence(what, entries, encoders)
         own = frozenset((entry, name) for entry, name in told["own"])
         return encoders, Share(self._ranks.rank, self._ranks.world_size, self._mine, own)
 

@@ -11,13 +11,14 @@ from typing import Any, NoReturn
 from ckptmgr.boundary import BoundaryCopy
 from ckptmgr.errors import Preempted, UsageError
 from ckptmgr.format.manifest import Outcome
+from ckptmgr.joint_save import prove_state
 from ckptmgr.loading import LoadedCheckpoint
 from ckptmgr.loop_state import LoopObjects
 from ckptmgr.preemption import STOPPED, StopSignal
 from ckptmgr.ranks.group import Ranks
 from ckptmgr.run.reference import Reference
 from ckptmgr.schedule import Schedule
-from ckptmgr.state.capture import CapturedEntry, dry_check
+from ckptmgr.state.capture import CapturedEntry
 from ckptmgr.state.selection import Selection
 from ckptmgr.topology.join import join_ranks
 from ckptmgr.training_run import TrainingRun
@@ -120,7 +121,7 @@ class LoopRun:
         self._schedule.agree_with(ranks)
         try:
             # A state that could never be saved takes no run over, and creates none.
-            ranks.loop.together("looking at the state", lambda: dry_check(capture()))
+            prove_state(ranks, capture)
             run = self._open_run(resume=resume, ranks=ranks, shards=self._loop.shards())
         except BaseException as error:
             self._part(error)
