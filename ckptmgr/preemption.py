@@ -34,10 +34,12 @@ class StopSignal:
 
     Args:
         signals: What to listen to.
+        calls_previous: Whether a handler that was there before is called as well.
     """
 
-    def __init__(self, signals: Sequence[int] = (signal.SIGTERM,)) -> None:
+    def __init__(self, signals: Sequence[int] = (signal.SIGTERM,), *, calls_previous: bool = True) -> None:
         self._signals = tuple(signals)
+        self._calls_previous = calls_previous
         self._previous: dict[int, Any] = {}
         self._pid = 0
         self.received: int | None = None
@@ -70,5 +72,5 @@ class StopSignal:
         # Not put back: the dead workers would be found while the process exits, and its exit code would tell of them.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         previous: Callable[[int, FrameType | None], Any] | int | None = self._previous.get(number)
-        if callable(previous):
+        if callable(previous) and self._calls_previous:
             previous(number, frame)

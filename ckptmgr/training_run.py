@@ -172,6 +172,11 @@ class TrainingRun:
         return run
 
     @property
+    def ranks(self) -> Ranks:
+        """The processes of the job."""
+        return self._ranks
+
+    @property
     def seen(self) -> Mapping[str, MetricSpan]:
         """Span of each metric over the saves of the line so far."""
         return self._saved.seen
@@ -274,23 +279,15 @@ class TrainingRun:
         self._refuse_in_fork("annotate")
         tags = checked_tags(tags)
         self.wait()
-        note = Note(
-            version=FORMAT_VERSION,
-            checkpoint=str(checkpoint),
-            attempt=self._attempt,
-            created_at=utc_now(),
-            metrics={name: metric_to_value(value) for name, value in (metrics or {}).items()},
-            tags=tags,
-        )
 
-        def write() -> None:
-            refuse_if_fenced(self.storage, self._attempt)
-            key = note_key(checkpoint, self._attempt, self._nnotes)
-            self.storage.write(key, [encode_record(note)], exclusive=True)
+        def write() -> dict[str, float]:
+            if metrics or tags:
+                self._write_note(checkpoint, metrics or {}, tags)
+            return dict(metrics or {})
 
-        self._ranks.loop.decide(f"adding to the checkpoint of step {checkpoint.step}", write)
-        self._nnotes += 1
-        self._saved.annotate(checkpoint, metrics or {}, tags)
+        # Rank 0's metrics: the others may have none, or other ones.
+        told = self._ranks.loop.decide(f"adding to the checkpoint of step {checkpoint.step}", write)
+        self._saved.annotate(checkpoint, told, tags)
 
     def annotate_step(self, step: int | None, metrics: Mapping[str, float]) -> None:
         """Add metrics to the checkpoint of a step, by default to the newest one. Waits for it to be durable.
@@ -365,6 +362,19 @@ class TrainingRun:
         """Close as failed because of an error, which the caller raises whatever happens here."""
         with suppress(CkptmgrError, FileExistsError):
             self.close("failed", error=f"{type(error).__name__}: {error}")
+
+    def _write_note(self, checkpoint: CheckpointId, metrics: Mapping[str, float], tags: Sequence[str]) -> None:
+        note = Note(
+            version=FORMAT_VERSION,
+            checkpoint=str(checkpoint),
+            attempt=self._attempt,
+            created_at=utc_now(),
+            metrics={name: metric_to_value(value) for name, value in metrics.items()},
+            tags=tuple(tags),
+        )
+        refuse_if_fenced(self.storage, self._attempt)
+        self.storage.write(note_key(checkpoint, self._attempt, self._nnotes), [encode_record(note)], exclusive=True)
+        self._nnotes += 1
 
     def _record_end(self, outcome: Outcome, step: int | None, error: str | None) -> None:
         if error is not None:

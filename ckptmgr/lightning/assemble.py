@@ -8,7 +8,7 @@ import enum
 import os
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from ckptmgr.errors import StateMismatchError, UnsupportedStateError, UsageError
 from ckptmgr.lightning.hyper_parameters import keep_plain_hyper_parameters
 from ckptmgr.lightning.loggers import log_positions
+from ckptmgr.lightning.strategies import not_gathering
 from ckptmgr.lightning.trainer_metrics import capture_metrics
 from ckptmgr.loading import LoadedCheckpoint
 from ckptmgr.state.codec import EntryEncoder
@@ -24,6 +25,7 @@ from ckptmgr.state.entry import CapturedEntry
 from ckptmgr.state.module import ModuleHandler
 from ckptmgr.state.names import ParameterNames, WrapperPrefixes
 from ckptmgr.state.optimizer import OptimizerHandler
+from ckptmgr.state.sharding import as_live, is_sharded
 from ckptmgr.state.stateful import SchedulerHandler, StatefulHandler
 from ckptmgr.state.training_options import OnChangedOptions, TrainingOptions
 
@@ -74,16 +76,21 @@ def capture_entries(
     Raises:
         UnsupportedStateError: An optimizer's parameter is in no module.
     """
-    checkpoint = dict(trainer._checkpoint_connector.dump_checkpoint(weights_only))
+    with not_gathering(trainer.strategy):
+        checkpoint = dict(trainer._checkpoint_connector.dump_checkpoint(weights_only))
     module = trainer.lightning_module
     names = ParameterNames({MODEL: module})
-    model = CapturedEntry(MODEL, ModuleHandler.name, ModuleHandler.version, _model_tree(module, checkpoint, names))
-    optimizer_states: Sequence[Any] = checkpoint.pop("optimizer_states", [])
+    handler = ModuleHandler()
+    # The wrapper, for it knows whose buffers count. The names are the module's own all the same.
+    scopes = handler.tensor_scopes(trainer.strategy.model or module)
+    tree = _model_tree(module, checkpoint, names)
+    model = CapturedEntry(MODEL, handler.name, handler.version, tree, handler.scope, scopes)
+    checkpoint.pop("optimizer_states", None)
     checkpoint.pop("lr_schedulers", None)
     loops = checkpoint["loops"]["fit_loop"].get("state_dict", {})
     loops.pop("combined_loader", None)
     keep_plain_hyper_parameters(checkpoint, lambda value: _why_unstorable(value) is None)
-    tree: dict[str, Any] = {"version": _VERSION, "weights_only": weights_only, "lightning": checkpoint}
+    tree = {"version": _VERSION, "weights_only": weights_only, "lightning": checkpoint}
     trainer_entry = CapturedEntry(TRAINER, "lightning", _VERSION, tree)
     if weights_only:
         return [model, trainer_entry]
@@ -91,13 +98,16 @@ def capture_entries(
     tree["lr_schedulers"] = [scheduler_handler(scheduler).capture(scheduler, names) for scheduler in schedulers]
     tree["options"] = dict(options)
     tree["metrics"] = capture_metrics(trainer)
-    if trainer.loggers:
+    if trainer.loggers and trainer.is_global_zero:
         tree["loggers"] = log_positions(trainer.loggers)
     tree["validation_names"] = sorted(validation_names)
-    handler = OptimizerHandler()
+    of_optimizer = OptimizerHandler()
     optimizers = [
         CapturedEntry(
-            numbered("optimizer", i, len(optimizer_states)), handler.name, handler.version, handler.capture(o, names)
+            numbered("optimizer", i, len(trainer.optimizers)),
+            of_optimizer.name,
+            of_optimizer.version,
+            of_optimizer.capture(o, names),
         )
         for i, o in enumerate(trainer.optimizers)
     ]
@@ -105,8 +115,8 @@ def capture_entries(
         model,
         *optimizers,
         trainer_entry,
-        CapturedEntry(DATA, "lightning-data", _VERSION, dict(position)),
-        CapturedEntry(RNG, "rng", 1, dict(rng)),
+        CapturedEntry(DATA, "lightning-data", _VERSION, dict(position), "per-rank"),
+        CapturedEntry(RNG, "rng", 1, dict(rng), "per-rank"),
     ]
 
 
@@ -128,8 +138,10 @@ def assemble(loaded: LoadedCheckpoint, module: Any = None) -> dict[str, Any]:
     state = {**tree["tensors"], **tree.get("values", {})}
     if module is not None:
         prefixes = WrapperPrefixes(module)
-        keys = {prefixes.own_name(key): key for key in module.state_dict()}
+        live = module.state_dict()
+        keys = {prefixes.own_name(key): key for key in live}
         state = {keys.get(name, name): value for name, value in state.items()}
+        state = {key: as_live(value, live[key]) if key in live else value for key, value in state.items()}
     checkpoint["state_dict"] = _with_versions(state, tree.get("versions", {}))
     return checkpoint
 
@@ -206,6 +218,9 @@ def drivers_of(trainer: Any) -> dict[str, Any]:
 
 def _model_tree(module: Any, checkpoint: dict[str, Any], names: ParameterNames) -> dict[str, Any]:
     tree: dict[str, Any] = ModuleHandler().capture(module, names)
+    if any(is_sharded(parameter) for parameter in module.parameters()):
+        checkpoint.pop("state_dict")
+        return tree
     prefixes = WrapperPrefixes(module)
     # Not simply the module's own state: a callback that averages weights has put the average here.
     state = {prefixes.own_name(key): value for key, value in checkpoint.pop("state_dict").items()}

@@ -4,35 +4,41 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal, Self
 
-import torch
-
-from ckptmgr.errors import CheckpointNotFoundError, Preempted, TopologyError
+from ckptmgr.errors import Preempted
 from ckptmgr.launch.requested import requested_run
-from ckptmgr.launch.run_directory import absolute, default_run_dir, job_name
+from ckptmgr.launch.run_directory import absolute
+from ckptmgr.lightning.answers import Answers
 from ckptmgr.lightning.arguments import refuse_shared_run, warn_of_unused
-from ckptmgr.lightning.assemble import check_model
+from ckptmgr.lightning.assemble import MODEL
 from ckptmgr.lightning.bases import tree_for, with_lightning_base
 from ckptmgr.lightning.checkpoint_io import install_checkpoint_io
 from ckptmgr.lightning.compat import check_compatible, module_of
-from ckptmgr.lightning.filesystem import url_of
+from ckptmgr.lightning.elastic_loaders import ElasticLoaders
+from ckptmgr.lightning.filesystem import own_reference
 from ckptmgr.lightning.loggers import Logs, begin_logs
 from ckptmgr.lightning.loops import Boundary, LoopHooks
 from ckptmgr.lightning.resume import Resume
 from ckptmgr.lightning.saving import Saver
+from ckptmgr.lightning.strategies import load_through, refuse_unsupported
 from ckptmgr.policy.arguments import check_switch
 from ckptmgr.policy.from_keywords import retention_from, trigger_from
 from ckptmgr.policy.intervals import Triggers
+from ckptmgr.policy.quantities import parse_duration
 from ckptmgr.policy.retention import RetentionPolicy
 from ckptmgr.preemption import STOPPED, StopSignal
-from ckptmgr.run.catalog import Catalog
-from ckptmgr.state.changed_options import OptionChange
+from ckptmgr.ranks.group import DEFAULT_TIMEOUT_S, Ranks
+from ckptmgr.ranks.steps import StepAgreement
+from ckptmgr.state.divergence import OnDivergence, checked_divergence
+from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.rng import capture_rng
+from ckptmgr.state.selection import Selection
 from ckptmgr.state.training_options import OnChangedOptions, checked_mode
-from ckptmgr.storage.open import open_storage
+from ckptmgr.topology.join import join_ranks
 from ckptmgr.training_run import Monitor, TrainingRun
 
 __all__ = ["CheckpointManager"]
@@ -40,7 +46,7 @@ __all__ = ["CheckpointManager"]
 _log = logging.getLogger("ckptmgr")
 
 
-class CheckpointManager:
+class CheckpointManager(Answers):
     """Saves everything that a Trainer needs to go on, and resumes by itself in ``fit``.
 
     Works with ``lightning`` and with ``pytorch_lightning``: an instance is a ``ModelCheckpoint`` of whichever of them
@@ -71,8 +77,13 @@ class CheckpointManager:
             another run begins with its checkpoint, until this run has one of its own.
         on_changed_options: ``keep`` goes on with the learning rates, weight decay, betas and schedules of the
             checkpoint, and names those that the module builds otherwise; ``apply`` goes on with the module's.
+        selection: What to restore of the checkpoint that ``resume`` or ``ckpt_path`` names; all by default. What is not
+            restored is logged. Where the run goes on by itself, all of it is restored.
         storage_options: Passed to the storage. Never recorded.
         background: Write while training goes on. False makes each save wait until it is durable.
+        on_divergence: On several ranks: ``warn`` compares digests of what all ranks should hold alike, at each save,
+            and names what differs; ``raise`` saves nothing then; ``off`` never looks.
+        ranks_timeout: How long a rank may be waited for. In seconds, or a `timedelta`.
         **others: Other arguments of ModelCheckpoint: accepted, and named in a warning where they have no meaning here.
 
     Raises:
@@ -108,8 +119,11 @@ class CheckpointManager:
         retention: RetentionPolicy | Sequence[RetentionPolicy] | None = None,
         resume: str = "auto",
         on_changed_options: OnChangedOptions = "keep",
+        selection: Selection | None = None,
         storage_options: Mapping[str, Any] | None = None,
         background: bool = True,
+        on_divergence: OnDivergence = "warn",
+        ranks_timeout: timedelta | float = DEFAULT_TIMEOUT_S,
         **others: Any,
     ) -> None:
         # ModelCheckpoint's own constructor is left out: it sets up the saving that this class replaces.
@@ -136,6 +150,10 @@ class CheckpointManager:
         self._monitor = None if monitor is None else Monitor(monitor, mode)
         self._storage_options, self._on_changed_options = storage_options, checked_mode(on_changed_options)
         self._background = check_switch(background, of="background")
+        self._selection, self._on_divergence = selection, checked_divergence(on_divergence)
+        self._ranks_timeout_s = parse_duration(ranks_timeout, of="CheckpointManager(ranks_timeout)")
+        self._ranks, self._report = None, None
+        self._elastic: ElasticLoaders | None = None
         self._saves_on_exception = save_on_exception
         self._saves_on_signal = save_on_signal
         # Read by loggers and by Lightning itself.
@@ -152,88 +170,6 @@ class CheckpointManager:
         self._signal: StopSignal | None = None
         self._saver: Saver | None = None
 
-    # What users and Lightning ask for.
-
-    @property
-    def run_dir(self) -> str | None:
-        """The run directory; None as long as it depends on a Trainer that this manager has not met."""
-        return self._run_dir
-
-    @property
-    def dirpath(self) -> str | None:
-        """The run directory, under ModelCheckpoint's name."""
-        return self._run_dir
-
-    @property
-    def best_model_path(self) -> str:
-        """URL of the best checkpoint, of the newest one without ``monitor``; empty if there is none.
-
-        Can be given to ``ckpt_path`` and to ``load_from_checkpoint``.
-        """
-        if self._monitor is None:
-            return self.last_model_path
-        known = self._known_run()
-        if known is not None:
-            found = known.best()
-            return "" if found is None else self._url(found[0])
-        try:
-            catalog = self._catalog()
-            return (
-                "" if catalog is None else self._url(catalog.best(self._monitor.metric, self._monitor.mode).checkpoint)
-            )
-        except CheckpointNotFoundError:
-            return ""
-
-    @property
-    def best_model_score(self) -> torch.Tensor | None:
-        """The best checkpoint's value of the monitored metric."""
-        known = self._known_run()
-        if self._monitor is None or known is None:
-            return None
-        found = known.best()
-        return None if found is None else torch.tensor(found[1])
-
-    @property
-    def current_score(self) -> torch.Tensor | None:
-        """The newest value of the monitored metric."""
-        value = None if self._saver is None else self._saver.latest_metrics.get(str(self.monitor))
-        return None if value is None else torch.tensor(value)
-
-    @property
-    def last_model_path(self) -> str:
-        """URL of the newest checkpoint; empty if there is none."""
-        known = self._known_run()
-        if known is not None:
-            latest = known.latest()
-            return "" if latest is None else self._url(latest)
-        try:
-            catalog = self._catalog()
-            return "" if catalog is None else self._url(catalog.latest().checkpoint)
-        except CheckpointNotFoundError:
-            return ""
-
-    @property
-    def changes(self) -> list[OptionChange]:
-        """What ``fit`` trains with otherwise than the checkpoint did: options that were applied, batch size."""
-        return [] if self._hooks is None or self._hooks.options is None else self._hooks.options.applied
-
-    @property
-    def state_key(self) -> str:
-        """Unique among all callbacks: two managers of one run are refused with a message of ours."""
-        return f"CheckpointManager({self._run_dir!r}, {id(self)})"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: what is best and newest follows from the run directory."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take nothing."""
-
-    def _find_last_checkpoints(self, trainer: Any) -> set[str]:
-        if self._run_dir is None:
-            self._settle_run_dir(trainer, fresh=False)
-        return {self.last_model_path} - {""}
-
     def wait(self) -> None:
         """Wait until the last save is durable.
 
@@ -248,31 +184,37 @@ class CheckpointManager:
     def before_loggers_begin(self, trainer: Any) -> None:
         """Go on with the run's logs, where ``fit`` will probably go on with the run."""
         if trainer.state.fn == "fit" and not trainer.fast_dev_run and _managers(trainer)[0] is self:
+            self._join(trainer)
             self._settle_run_dir(trainer, fresh=True)
-            self._logs = begin_logs(trainer, str(self._run_dir), self._resume, storage_options=self._storage_options)
+            if self._joined().leads:
+                self._logs = begin_logs(
+                    trainer, str(self._run_dir), self._resume, storage_options=self._storage_options
+                )
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take our place in the Trainer: its CheckpointIO, and in ``fit`` its way to resume and its loops."""
         tree = tree_for(trainer, self)
         check_compatible(trainer, tree)
-        if trainer.world_size > 1:
-            raise TopologyError(
-                f"CheckpointManager cannot save {trainer.world_size} ranks yet",
-                why="each rank has RNG and data of its own, and only one rank's would be saved",
-                next="train with devices=1, or use Lightning's ModelCheckpoint until ranks are supported",
-            )
         checkpoint_io = install_checkpoint_io(trainer, tree, self._storage_options)
+        load_through(trainer.strategy, checkpoint_io.load_checkpoint, lambda path: own_reference(path) is not None)
         if stage != "fit" or trainer.fast_dev_run:
             return
+        refuse_unsupported(trainer.strategy)
+        self._join(trainer)
         self._settle_run_dir(trainer, fresh=True)
         self._trainer, self._saver = trainer, None
         managers = _managers(trainer)
         refuse_shared_run(str(self._run_dir), [other._run_dir for other in managers])
-        self._signal = StopSignal() if self._saves_on_signal else None
+        # On several ranks Lightning would end the validation of the one rank that got the signal.
+        alone = trainer.world_size == 1
+        self._signal = StopSignal(calls_previous=alone) if self._saves_on_signal else None
+        self._must_stop = False
         if managers[0] is self:
             sigterm = module_of(tree, "utilities.exceptions").SIGTERMException
             self._hooks = LoopHooks(trainer, self, notify=_log.warning, sigterm=sigterm)
             self._hooks.install()
+            self._elastic = ElasticLoaders(trainer, self._hooks.elastic_state)
+            self._elastic.install()
         else:
             self._hooks = managers[0]._hooks
         assert self._run_dir is not None
@@ -286,6 +228,8 @@ class CheckpointManager:
             self._open,
             on_changed_options=self._on_changed_options,
             storage_options=self._storage_options,
+            selection=self._selection,
+            ranks=self._joined(),
         )
         self._resumption.install(self._hooks, self._logs, leads=managers[0] is self)
         self._logs = None
@@ -371,10 +315,12 @@ class CheckpointManager:
     def at_boundary(self, boundary: Boundary) -> None:
         """Save where that is due, in every manager of the Trainer."""
         rng = capture_rng()
+        must_stop = self._agree_to_stop(boundary)
         savers = [manager._saver for manager in _managers(self._trainer) if manager._saver is not None]
-        is_clean = [saver.at_boundary(boundary, rng, told_to_stop=self.is_told_to_stop()) for saver in savers]
-        if self.is_told_to_stop() and any(is_clean):
-            _log.warning(STOPPED, self._run_dir, self._trainer.global_step)
+        is_clean = [saver.at_boundary(boundary, rng, told_to_stop=must_stop) for saver in savers]
+        if must_stop and any(is_clean):
+            if self._joined().leads:
+                _log.warning(STOPPED, self._run_dir, self._trainer.global_step)
             raise Preempted
 
     def at_cut_validation(self) -> None:
@@ -386,13 +332,47 @@ class CheckpointManager:
             raise Preempted
 
     def is_told_to_stop(self) -> bool:
-        """Say whether SIGTERM came in."""
+        """Say whether SIGTERM came in; on several ranks, whether they have agreed that it did on any of them."""
+        return self._must_stop if self._joined().world_size > 1 else self._has_signal()
+
+    def _has_signal(self) -> bool:
         return self._signal is not None and self._signal.received is not None
+
+    def _agree_to_stop(self, boundary: Boundary) -> bool:
+        ranks = self._joined()
+        if ranks.world_size == 1:
+            return self._has_signal()
+        what = f"whether to stop at step {self._trainer.global_step}"
+        if boundary.place != "step":
+            told = ranks.loop.exchange(f"{what} ({boundary.place})", self._has_signal, any)
+        else:
+            _, told = self._stops.at_step(
+                what, is_told_to_stop=self._has_signal(), decide=lambda _: None, known=lambda: None
+            )
+        self._must_stop |= told
+        return self._must_stop
+
+    # The ranks.
+
+    def _join(self, trainer: Any) -> None:
+        if self._ranks is None:
+            self._ranks = join_ranks(timeout_s=self._ranks_timeout_s)
+            self._stops = StepAgreement(self._ranks.loop)
+
+    def _joined(self) -> Ranks:
+        return self._ranks or Ranks.alone()
+
+    def _part(self, error: BaseException | None) -> None:
+        ranks, self._ranks = self._ranks, None
+        if ranks is not None:
+            ranks.close(error)
 
     # The run.
 
     def _open(self, resume: str) -> TrainingRun:
+        resumption = self._resumption
         assert self._run_dir is not None
+        assert resumption is not None
         return TrainingRun.open(
             self._run_dir,
             resume=resume,
@@ -400,7 +380,10 @@ class CheckpointManager:
             monitor=self._monitor,
             storage_options=self._storage_options,
             background=self._background,
-            check=lambda loaded: check_model(self._trainer.lightning_module, loaded),
+            check=lambda loaded: resumption.check(loaded),
+            ranks=self._joined(),
+            shards=ParameterNames({MODEL: self._trainer.lightning_module}).shards(),
+            on_divergence=self._on_divergence,
         )
 
     def _end(self, trainer: Any, outcome: Literal["finished", "failed", "preempted"], error: str | None) -> None:
@@ -410,34 +393,22 @@ class CheckpointManager:
         if saver is not None:
             saver.close()
         if resumption is not None:
+            self._report = resumption.report
             resumption.uninstall()
             run = resumption.run
             if resumption.leads and self._hooks is not None:
                 self._hooks.uninstall()
+                if self._elastic is not None:
+                    self._elastic.uninstall()
         try:
             if run is not None:
                 self._past = run
                 run.close(outcome, step=trainer.global_step, error=error)
         finally:
+            self._part(sys.exception())
             # Last: a second signal must not end the process while the save that the first one asked for is written.
             if self._signal is not None:
                 self._signal.uninstall()
-
-    def _settle_run_dir(self, trainer: Any, *, fresh: bool) -> None:
-        if self._run_dir is None and (fresh or job_name(os.environ) is not None):
-            self._run_dir = default_run_dir(os.fspath(trainer.default_root_dir))
-
-    def _known_run(self) -> TrainingRun | None:
-        return self._past if self._saver is None else self._saver.run
-
-    def _catalog(self) -> Catalog | None:
-        if self._run_dir is None:
-            return None
-        catalog = Catalog(open_storage(self._run_dir, storage_options=self._storage_options))
-        return catalog if catalog.is_run else None
-
-    def _url(self, checkpoint: Any) -> str:
-        return url_of(f"{self._run_dir}@{checkpoint}")
 
     def _say(self, message: str) -> None:
         module_of(tree_for(self._trainer, self), "utilities.rank_zero").rank_zero_info(message)

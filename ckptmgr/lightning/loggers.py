@@ -37,7 +37,7 @@ def begin_logs(trainer: Any, run_dir: str, resume: str, *, storage_options: Mapp
     """
     logs = Logs(trainer.loggers, run_dir)
     # A second `fit` goes on from what is in memory.
-    if trainer.global_step == 0 and trainer.world_size == 1:
+    if trainer.global_step == 0:
         logs.adopt(resume, storage_options=storage_options)
         logs.keep_others()
     return logs

@@ -141,6 +141,13 @@ class LoopHooks:
             self._is_inside = self._is_inside and not is_reached and not position["should_stop"]
         self._is_restored = False
 
+    def elastic_state(self) -> Mapping[str, Any] | None:
+        """Return the saved state of the elastic sampler with which the train loader goes on; None if it has none."""
+        data = None if self._pending is None else self._pending["data"]
+        loaders = [] if data is None else data["loaders"]
+        state: Mapping[str, Any] | None = loaders[0].get("sampler") if len(loaders) == 1 else None
+        return state
+
     def finish(self) -> bool:
         """Say whether training ended before the loop went on at all: there was nothing left to train."""
         if self._pending is None:

@@ -10,6 +10,7 @@ from ckptmgr.errors import CheckpointNotFoundError, UsageError
 from ckptmgr.launch.run_directory import absolute
 from ckptmgr.lightning.assemble import (
     DATA,
+    MODEL,
     RNG,
     TRAINER,
     WEIGHTS_ONLY_REASON,
@@ -25,8 +26,10 @@ from ckptmgr.lightning.loops import LoopHooks
 from ckptmgr.lightning.selecting import TrainerSelection, restore_selected
 from ckptmgr.lightning.trainer_metrics import restore_metrics
 from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
+from ckptmgr.ranks.group import Ranks
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.reference import Reference, parse_reference
+from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.rng import capture_rng
 from ckptmgr.state.selection import Selection, SelectionReport
 from ckptmgr.state.training_options import OnChangedOptions
@@ -52,6 +55,7 @@ class Resume:
         open_run: Claims the run, given a choice.
         on_changed_options: What to do about options that differ from the checkpoint's.
         storage_options: For reading other runs.
+        ranks: The processes of the job.
         selection: What to restore of a checkpoint that is named. What this run's own starts go on from by themselves is
             restored whole: a job that is requeued would lose the same parts again at each start.
 
@@ -74,6 +78,7 @@ class Resume:
         on_changed_options: OnChangedOptions,
         storage_options: Mapping[str, Any] | None,
         selection: Selection | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.leads = False
         self.report: SelectionReport | None = None
@@ -88,6 +93,7 @@ class Resume:
         self._on_changed_options = on_changed_options
         self._storage_options = storage_options
         self._selection = selection
+        self._ranks = ranks or Ranks.alone()
         self._is_named = False
         self._logs: Logs | None = None
         self._hooks: LoopHooks | None = None
@@ -224,7 +230,10 @@ class Resume:
             self.run = self._open_run("must" if reference.selector == "latest" else reference.selector)
             self.loaded = self.run.continued
             return
-        self.loaded = load_checkpoint(reference, storage_options=self._storage_options)
+        shards = ParameterNames({MODEL: self._trainer.lightning_module}).shards()
+        self.loaded = load_checkpoint(
+            reference, storage_options=self._storage_options, ranks=self._ranks, shards=shards
+        )
         self.run = self._open_run("never")
 
     def _open_following(self) -> TrainingRun:
@@ -233,6 +242,9 @@ class Resume:
         return self._open_run("auto" if is_current else "never")
 
     def _newest_step(self) -> int | None:
+        return self._ranks.loop.decide("looking for the newest step", self._look_for_newest_step)
+
+    def _look_for_newest_step(self) -> int | None:
         catalog = Catalog(open_storage(self._run_dir, storage_options=self._storage_options))
         if not catalog.is_run:
             return None

@@ -11,7 +11,8 @@ from ckptmgr.boundary import BoundaryCopy
 from ckptmgr.lightning.assemble import capture_entries
 from ckptmgr.lightning.loops import Boundary, LoopHooks
 from ckptmgr.lightning.trainer_metrics import fresh_metrics, validation_metrics
-from ckptmgr.policy.triggers import Moment, Trigger
+from ckptmgr.policy.triggers import Moment, Trigger, known_everywhere, may_need_any_step
+from ckptmgr.ranks.steps import StepAgreement
 from ckptmgr.state.capture import CapturedEntry, dry_check
 from ckptmgr.state.rng import capture_rng
 from ckptmgr.training_run import TrainingRun
@@ -19,6 +20,8 @@ from ckptmgr.training_run import TrainingRun
 __all__ = ["Saver"]
 
 _log = logging.getLogger("ckptmgr")
+
+_AFTER_EXCEPTION_S = 30.0
 
 
 class Saver:
@@ -59,6 +62,8 @@ class Saver:
         self._trainer = trainer
         self._hooks = hooks
         self._trigger = trigger
+        self._known = known_everywhere(trigger)
+        self._steps = StepAgreement(run.ranks.loop, talks_always=may_need_any_step(trigger))
         self._weights_only = weights_only
         self._on_exception = on_exception
         self._on_signal = on_signal
@@ -168,6 +173,13 @@ class Saver:
         moment = Moment(step=self._copied_step, last_saved_step=self._copied_step, failed=failed, signalled=not failed)
         reason = self._trigger.reason_to_save(moment)
         entries = self._copy.entries()
+        ranks = self.run.ranks
+        if ranks.world_size > 1 and reason is not None:
+            # A rank that goes on training has other things to do than to answer.
+            ranks.hurry(_AFTER_EXCEPTION_S)
+            is_kept = entries is not None
+            if not ranks.loop.exchange(f"saving step {self._copied_step} after an exception", lambda: is_kept, all):
+                entries = None
         if reason is not None and entries is None:
             _log.warning("parameters were being changed: step %d is not saved", self._copied_step)
         elif reason is not None and entries is not None:
@@ -194,7 +206,19 @@ class Saver:
         )
         if self._step == self._last_saved_step and not told_to_stop:
             return "end of training"
-        return self._trigger.reason_to_save(moment) or ("end of training" if ends else None)
+
+        def decide(trigger: Trigger) -> str | None:
+            return trigger.reason_to_save(moment) or ("end of training" if ends else None)
+
+        what = f"whether to save step {self._step}"
+        if boundary.place != "step":
+            return self.run.ranks.loop.decide(f"{what} ({boundary.place})", lambda: decide(self._trigger))
+        return self._steps.at_step(
+            what,
+            is_told_to_stop=False,
+            decide=lambda _: decide(self._trigger),
+            known=lambda: decide(self._known),
+        )[0]
 
     def _capture(self, boundary: Boundary, rng: Mapping[str, Any]) -> list[CapturedEntry]:
         return capture_entries(
@@ -214,7 +238,7 @@ class Saver:
         self._last_saved_at = time.monotonic()
 
     def _annotate(self, metrics: Mapping[str, float]) -> None:
-        if self._step == self._last_saved_step and self._last_saved is not None and metrics:
+        if self._step == self._last_saved_step and self._last_saved is not None:
             self.run.annotate(self._last_saved, metrics=metrics)
 
     def _is_training_over(self) -> bool:
