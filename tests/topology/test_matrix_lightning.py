@@ -22,14 +22,6 @@ NAMES = [name for name in TOPOLOGIES if name != "dp"]
 ACROSS = [(saved, resumed) for resumed in NAMES for saved in NAMES if saved != resumed]
 
 
-# Strict: the day that it saves them, these tests fail until the mark is taken away.
-NOT_YET = pytest.mark.xfail(strict=True, reason="CheckpointManager refuses several ranks, so far")
-
-
-def is_refused(*names: str) -> bool:
-    return any(TOPOLOGIES[name].processes > 1 for name in names)
-
-
 def fsdp_refusal(strategy: Any) -> str:
     """Return with which words Lightning refuses FSDP on the CPU."""
     with pytest.raises(ValueError) as caught:
@@ -46,7 +38,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
     )
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=NOT_YET) if is_refused(name) else name for name in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_topology_trains_to_the_losses_of_one_process(matrix: Matrix, name: str) -> None:
     one, other = matrix.saved("one"), matrix.saved(name)
     assert not isinstance(one, Failure), one
@@ -55,15 +47,13 @@ def test_every_topology_trains_to_the_losses_of_one_process(matrix: Matrix, name
     assert other["is_tied"]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=NOT_YET) if is_refused(name) else name for name in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_same_topology_goes_on_bit_for_bit(matrix: Matrix, name: str) -> None:
     cell = matrix.cell(name, name)
     assert not cell.problems, "\n".join(cell.problems)
 
 
-@pytest.mark.parametrize(
-    ("saved", "resumed"), [pytest.param(*pair, marks=NOT_YET) if is_refused(*pair) else pair for pair in ACROSS]
-)
+@pytest.mark.parametrize(("saved", "resumed"), ACROSS)
 def test_another_topology_goes_on_with_the_same_state(matrix: Matrix, saved: str, resumed: str) -> None:
     cell = matrix.cell(saved, resumed)
     assert not cell.problems, "\n".join(cell.problems)
