@@ -185,6 +185,10 @@ def _parse(text: str, where: str, *, is_value: bool = False) -> Any:
     except yaml.MarkedYAMLError as error:
         what = " ".join(part for part in (error.context, error.problem) if part)
         mark = error.problem_mark or error.context_mark
+        if "nesting depth" in what:
+            # Newer libyaml has a limit of its own, and looks ahead farther than our events.
+            what = f"nested more than {MAX_DEPTH} deep"
+            raise ConfigError(f"{where}{_place(mark)}: {what}", next="make it flatter") from error
         line = (text.splitlines()[mark.line : mark.line + 1] or [""])[0] if mark is not None else ""
         hint = _QUOTES
         if "\t" in line:

@@ -26,6 +26,7 @@ from ckptmgr.errors import (
 )
 from ckptmgr.launch.run_directory import job_name
 from ckptmgr.lightning import CheckpointManager, compat
+from ckptmgr.lightning.strategies import refuse_unsupported
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.storage.open import open_storage
 
@@ -350,10 +351,12 @@ def test_two_managers_of_one_run_are_refused_and_two_runs_are_not(tmp_path: Path
     assert [id.step for id in catalog(tmp_path / "b").on_line] == [id.step for id in catalog(tmp_path / "a").on_line]
 
 
-def test_several_ranks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pl.Trainer, "world_size", 2)
-    with pytest.raises(TopologyError, match="2 ranks"):
-        fit(tmp_path, CheckpointManager(tmp_path / "run"))
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_a_strategy_with_shards_of_its_own_form_is_refused_by_name(name: str) -> None:
+    strategy = type(name, (pl.strategies.SingleDeviceStrategy,), {})()
+    with pytest.raises(TopologyError, match=f"under {name}"):
+        refuse_unsupported(strategy)
+    refuse_unsupported(pl.strategies.SingleDeviceStrategy())
 
 
 def test_it_is_the_trainers_own_checkpoint_callback_in_both_packages(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from ckptmgr.errors import CorruptCheckpointError, FormatVersionError
 from ckptmgr.format.manifest import AttemptClaim, RunMarker
-from ckptmgr.format.record import FORMAT_VERSION, decode_excerpt, decode_record, encode_record, parse_json
+from ckptmgr.format.record import NEWEST_VERSION, decode_excerpt, decode_record, encode_record, parse_json
 
 CLAIM = AttemptClaim(version=1, attempt=3, nonce="ab", claimed_at="2026-01-01T00:00:00Z", host="node", pid=7)
 
@@ -34,7 +34,7 @@ def test_every_truncation_and_every_flipped_bit_is_noticed() -> None:
 
 
 def test_a_record_of_a_newer_format_says_to_upgrade() -> None:
-    newer = msgspec.structs.replace(CLAIM, version=FORMAT_VERSION + 1)
+    newer = msgspec.structs.replace(CLAIM, version=NEWEST_VERSION + 1)
     with pytest.raises(FormatVersionError, match="upgrade"):
         decode_record(encode_record(newer), AttemptClaim, where="claim.json")
 
