@@ -27,6 +27,7 @@ from ckptmgr.format.layout import (
 )
 from ckptmgr.format.manifest import FileRecord, Manifest, RunMarker, metric_to_value
 from ckptmgr.format.record import FORMAT_VERSION, decode_record, encode_record
+from ckptmgr.launch.cut_off_fork import is_started, refuse_cut_off_fork
 from ckptmgr.launch.experiment import document_digest
 from ckptmgr.launch.redact import redact_url
 from ckptmgr.launch.start_record import StartRecord, describe_start
@@ -121,31 +122,6 @@ def _planned(
     return _Fork(catalog, manifest, target, to)
 
 
-def refuse_cut_off_fork(catalog: Catalog, run_dir: str) -> None:
-    """Raise if a run directory holds nothing but a fork that was cut off: it is not meant to be trained from nothing.
-
-    Raises:
-        UsageError: It does.
-    """
-    if catalog.committed or not catalog.attempts or _is_started(catalog):
-        return
-    if catalog.is_run:
-        parent = catalog.marker.parent
-        if parent is None:
-            return
-    else:
-        # A listing that ran beside the start of a new run may have missed its marker, but no read does.
-        with suppress(FileNotFoundError):
-            catalog.storage.read(RUN_MARKER)
-            return
-        parent = None
-    raise UsageError(
-        f"{printable_place(run_dir)} holds a fork that was cut off, and no checkpoint",
-        why=f"it was to begin with {parent}" if parent else "the process that copied the checkpoint was killed",
-        next="fork into it again: that goes on; or remove it, and start from nothing",
-    )
-
-
 class _Fork:
     """One fork under way, from a checkpoint that is intact as far as a listing tells."""
 
@@ -228,11 +204,11 @@ class _Fork:
             raise _occupied(place, f"it holds {shown}", "give a directory that is empty, or not there yet")
         if found.is_run:
             marker = found.marker
-            if marker.parent is None or _is_started(found):
+            if marker.parent is None or is_started(found):
                 raise _occupied(place, "it holds a run, which has no checkpoint yet", "give another directory")
             if marker.parent != self._parent:
                 raise _occupied(place, f"a fork of {marker.parent} was cut off there", "remove it, or fork that again")
-        elif _is_started(found):
+        elif is_started(found):
             raise _occupied(place, "it holds the records of a run", "give another directory")
 
     def _record_start(self, attempt: int) -> None:
@@ -319,18 +295,6 @@ def _parent_of(found: Catalog) -> str | None:
         return found.marker.parent
     except CkptmgrError:
         return None
-
-
-def _is_started(found: Catalog) -> bool:
-    """Return whether a process has started to train in a run: then it is more than a fork that was cut off."""
-    for attempt, records in found.attempts.items():
-        if "start" in records:
-            try:
-                if read_attempt_record(found.storage, attempt, "start", StartRecord).fork_of is None:
-                    return True
-            except (CkptmgrError, FileNotFoundError):
-                return True
-    return False
 
 
 def _other_names(target: Storage, found: Catalog) -> list[str]:

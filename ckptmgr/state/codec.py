@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ckptmgr.errors import UnsupportedStateError
-from ckptmgr.format.tree import Path, decode_tree, encode_tree, format_path
+from ckptmgr.format.tree import EncodeLeaf, Path, decode_tree, encode_tree, format_path
 from ckptmgr.state.entry import CapturedEntry
 from ckptmgr.state.sharding import Shard, is_sharded, shard_of
 from ckptmgr.state.tensors import (
@@ -28,7 +28,7 @@ from ckptmgr.state.tensors import (
     store_tensor,
 )
 
-__all__ = ["INLINE_NBYTES", "EntryEncoder", "TensorOfName", "decode_entry"]
+__all__ = ["INLINE_NBYTES", "EntryEncoder", "TensorOfName", "decode_entry", "decode_value", "encode_value"]
 
 TensorOfName: TypeAlias = Callable[[str], torch.Tensor]
 
@@ -79,7 +79,7 @@ class EntryEncoder:
             if type(value) is np.ndarray and value.dtype in _NUMPY_DTYPES and value.nbytes > INLINE_NBYTES:
                 return {"$array": self._array(value, path)}
             return None
-        tagged = _encode_torch_value(value) or self._config(value, path)
+        tagged = _encode_torch_value(value) or _encode_config(value, path, self._leaf)
         if tagged is None:
             _refuse_object(value, path)
         return tagged
@@ -142,13 +142,6 @@ class EntryEncoder:
         self.tensors.append(StoredTensor(name, array, STORED_DTYPES[DTYPES[str(array.dtype)]]))
         return name
 
-    def _config(self, value: object, path: Path) -> dict[str, Any] | None:
-        omegaconf = sys.modules.get("omegaconf")
-        if omegaconf is None or not isinstance(value, (omegaconf.DictConfig, omegaconf.ListConfig)):
-            return None
-        plain = omegaconf.OmegaConf.to_container(value, resolve=False)
-        return {"$config": encode_tree(plain, self._leaf, path=path)}
-
     def _name(self, path: Path) -> str:
         inner = path[2:] if path[1:2] and path[1] in _UNNAMED_LEVELS else path[1:]
         # A lone surrogate is a legal Python string and an illegal JSON one.
@@ -192,6 +185,55 @@ def decode_entry(tree: Any, tensor: TensorOfName) -> Any:
         raise ValueError("an unknown tag")
 
     return decode_tree(tree, leaf)
+
+
+def encode_value(value: Any, path: Path) -> Any:
+    """Turn a value without tensors into JSON; NumPy arrays stay in it, whatever their size.
+
+    Args:
+        value: Nested containers and plain values.
+        path: Where it stands in the state, for messages.
+
+    Raises:
+        UnsupportedStateError: A value that cannot be stored, or a tensor in it. Names its path and type.
+    """
+    return encode_tree(value, _value_leaf, path=path)
+
+
+def decode_value(tree: Any) -> Any:
+    """Turn what `encode_value` gave back into the value.
+
+    Raises:
+        CorruptCheckpointError: It does not follow the grammar.
+    """
+
+    def no_tensor(name: str) -> torch.Tensor:
+        raise ValueError(f"it refers to the tensor {name!r}")
+
+    return decode_entry(tree, no_tensor)
+
+
+def _value_leaf(value: object, path: Path) -> dict[str, Any] | None:
+    if isinstance(value, torch.Tensor):
+        raise UnsupportedStateError(
+            f"{format_path(path)} is a tensor inside of a plain value",
+            why="tensors are looked for in dicts and lists, and not in tuples, sets or keys",
+            next="put it into a dict or a list",
+        )
+    if isinstance(value, np.ndarray):
+        return None
+    tagged = _encode_torch_value(value) or _encode_config(value, path, _value_leaf)
+    if tagged is None:
+        _refuse_object(value, path)
+    return tagged
+
+
+def _encode_config(value: object, path: Path, leaf: EncodeLeaf) -> dict[str, Any] | None:
+    omegaconf = sys.modules.get("omegaconf")
+    if omegaconf is None or not isinstance(value, (omegaconf.DictConfig, omegaconf.ListConfig)):
+        return None
+    plain = omegaconf.OmegaConf.to_container(value, resolve=False)
+    return {"$config": encode_tree(plain, leaf, path=path)}
 
 
 def _as_shard(stored: StoredTensor, shard: Shard, where: str) -> StoredTensor:

@@ -19,7 +19,7 @@ from ckptmgr.state.entry import CapturedEntry
 from ckptmgr.state.sharding import Box, LiveShards, SavedPart, shard_of
 from ckptmgr.state.tensors import tensor_from_bytes
 
-__all__ = ["load_entries", "read_box"]
+__all__ = ["load_entries", "read_box", "records_by_name"]
 
 
 def load_entries(
@@ -51,7 +51,7 @@ def load_entries(
     if source and any(entry.scope == "per-rank" for entry in records.values()):
         documents[source] = _trees(reader, source)
     is_same = world_size is None or world_size == saved_ranks
-    tensors = _records_by_name(reader.manifest.tensors, records, source, is_same=is_same)
+    tensors = records_by_name(reader.manifest.tensors, records, source, is_same=is_same)
     loaded: dict[str, CapturedEntry] = {}
     for name, entry in records.items():
         trees = documents[source if entry.scope == "per-rank" else 0]
@@ -101,6 +101,32 @@ def read_box(reader: CheckpointReader, records: Iterable[TensorRecord], box: Box
     return found
 
 
+def records_by_name(
+    every: Iterable[TensorRecord], entries: dict[str, EntryRecord], source: int, *, is_same: bool
+) -> dict[str, dict[str, list[TensorRecord]]]:
+    """Return, for each entry and name, the pieces that a rank may read.
+
+    Args:
+        every: The manifest's tensors.
+        entries: The entries that are wanted, by name.
+        source: The rank of the checkpoint whose own tensors are meant.
+        is_same: The job has as many ranks as the one that saved.
+    """
+    tensors: dict[str, dict[str, list[TensorRecord]]] = {name: {} for name in entries}
+    for record in every:
+        entry = entries.get(record.entry)
+        if entry is None:
+            continue
+        if record.scope == "per-rank":
+            # A buffer of one rank means nothing to the rank of that number among others.
+            owner = source if entry.scope == "per-rank" or is_same else 0
+            if record.rank not in (None, owner):
+                continue
+        for name in (record.name, *record.aliases):
+            tensors[record.entry].setdefault(name, []).append(record)
+    return tensors
+
+
 def _read_rows(reader: CheckpointReader, record: TensorRecord, piece: Box, common: Box | None) -> torch.Tensor:
     """Return the rows of a stored piece that a part of the whole touches; no row if it touches none."""
     if common is not None and not common.shape:
@@ -125,25 +151,6 @@ def _trees(reader: CheckpointReader, rank: int) -> dict[str, Any]:
     if not isinstance(trees, dict):
         raise _corrupt(reader, f"the state document of rank {rank} has no entries")
     return trees
-
-
-def _records_by_name(
-    every: Iterable[TensorRecord], entries: dict[str, EntryRecord], source: int, *, is_same: bool
-) -> dict[str, dict[str, list[TensorRecord]]]:
-    """Return, for each entry and name, the pieces that this rank may read."""
-    tensors: dict[str, dict[str, list[TensorRecord]]] = {name: {} for name in entries}
-    for record in every:
-        entry = entries.get(record.entry)
-        if entry is None:
-            continue
-        if record.scope == "per-rank":
-            # A buffer of one rank means nothing to the rank of that number among others.
-            owner = source if entry.scope == "per-rank" or is_same else 0
-            if record.rank not in (None, owner):
-                continue
-        for name in (record.name, *record.aliases):
-            tensors[record.entry].setdefault(name, []).append(record)
-    return tensors
 
 
 class _TensorLoader:
