@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from ckptmgr import errors
@@ -33,6 +34,8 @@ DEFAULT_TIMEOUT_S = 1800.0
 _CHANNELS = ("loop", "saves")
 # Rank 0 names who is late; so the others wait longer for it than it waits for them.
 _PATIENCE = 3
+# Whoever does not take a message by then learns of the end from the connection.
+_GOODBYE_S = 5.0
 # The number of a message that ends a channel, whatever its other end waits for.
 _LEFT = 2**62
 
@@ -69,6 +72,7 @@ class Channel:
         self.timeout_s = timeout_s
         self._number = 0
         self._broken: str | None = None
+        self._is_closed = False
 
     def decide(self, what: str, job: Callable[[], T]) -> T:
         """Run ``job`` on rank 0 only, and return on every rank what it returned: what JSON holds.
@@ -115,7 +119,10 @@ class Channel:
         if self.world_size == 1:
             return answer([job()])
         if self._broken is not None:
-            raise RankFailure(f"{what} cannot be agreed on", why=self._broken, next=_RESTART)
+            failure = RankFailure(f"{what} cannot be agreed on", why=self._broken, next=_RESTART)
+            # The ranks that know of nothing would wait for this one until their deadline.
+            self.close(failure)
+            raise failure
         self._number += 1
         own: BaseException | None = None
         report: dict[str, Any] = {"number": self._number, "what": what}
@@ -130,12 +137,12 @@ class Channel:
         verdict = self._lead(what, report, answer) if self.rank == 0 else self._follow(what, report)
         if "error" not in verdict:
             return verdict["answer"]  # type: ignore[no-any-return]
-        failure = _rebuilt(verdict["error"])
-        raise failure from (own or verdict.get("cause"))
+        raise _rebuilt(verdict["error"]) from (own or verdict.get("cause"))
 
     def close(self, error: BaseException | None = None) -> None:
         """End all connections. Whoever waits for this rank is told at once, and why if there was an error."""
-        if self._broken is None:
+        if not self._is_closed:
+            self._is_closed = True
             reason = {} if error is None else {"error": _described(error)}
             self._leave({"number": _LEFT, "what": "the end: it has closed the run", **reason})
         self._broken = self._broken or "the ranks have parted already"
@@ -184,7 +191,7 @@ class Channel:
     def _follow(self, what: str, report: dict[str, Any]) -> dict[str, Any]:
         link = self._links[0]
         try:
-            link.send(report, timeout_s=self.timeout_s)
+            self._send_report(link, report)
             while True:
                 verdict: dict[str, Any] = link.receive(timeout_s=_PATIENCE * self.timeout_s)
                 if verdict["number"] == _LEFT:
@@ -200,12 +207,18 @@ class Channel:
         except TimeoutError:
             return {"error": _joined(what, {0: _lost(f"it has not answered for {_PATIENCE * self.timeout_s:g} s")})}
 
+    def _send_report(self, link: Link, report: dict[str, Any]) -> None:
+        try:
+            link.send(report, timeout_s=self.timeout_s)
+        except TimeoutError:
+            # Half of a message is on its way: nothing that follows it would be understood.
+            self._broken = "rank 0 takes no messages"
+            raise
+
     def _leave(self, report: dict[str, Any]) -> None:
         for link in self._links.values():
-            try:
-                link.send(report, timeout_s=5.0)
-            except (LinkClosed, TimeoutError):
-                return
+            with suppress(LinkClosed, TimeoutError):
+                link.send(report, timeout_s=_GOODBYE_S)
 
 
 class Ranks:

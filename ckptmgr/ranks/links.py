@@ -26,6 +26,9 @@ _log = logging.getLogger("ckptmgr")
 MAX_MESSAGE_NBYTES = 256 * 1024 * 1024
 _LENGTH = struct.Struct("!Q")
 _TELL_EVERY_S = 30.0
+# Of whoever has not shown the token yet.
+_HELLO_NBYTES = 1024
+_HELLO_S = 10.0
 
 
 class LinkClosed(Exception):
@@ -37,6 +40,9 @@ class Link:
 
     Args:
         sock: Connected.
+
+    Attributes:
+        max_nbytes: Larger messages are not taken in.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -47,6 +53,7 @@ class Link:
             if hasattr(socket, name):
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self.socket = sock
+        self.max_nbytes = MAX_MESSAGE_NBYTES
         self._received = bytearray()
 
     def send(self, message: Any, *, timeout_s: float) -> None:
@@ -57,8 +64,8 @@ class Link:
             TimeoutError: It has taken nothing for that long.
         """
         body = json.dumps(message, separators=(",", ":")).encode()
-        self.socket.settimeout(timeout_s)
         try:
+            self.socket.settimeout(timeout_s)
             self.socket.sendall(_LENGTH.pack(len(body)) + body)
         except TimeoutError:
             raise
@@ -107,7 +114,7 @@ class Link:
 
     def _nbytes(self) -> int:
         nbytes: int = _LENGTH.unpack_from(self._received)[0]
-        if nbytes > MAX_MESSAGE_NBYTES:
+        if nbytes > self.max_nbytes:
             raise LinkClosed(f"a message of {nbytes} bytes is none of ours")
         return nbytes
 
@@ -137,6 +144,8 @@ def accept_links(server: socket.socket, wanted: Collection[tuple[int, str]], tok
         try:
             sock, _ = server.accept()
         except TimeoutError:
+            for link in links.values():
+                link.close()
             missing = sorted({rank for rank, _ in wanted} - {rank for rank, _ in links})
             raise TopologyError(
                 f"ranks {', '.join(map(str, missing))} did not connect to rank 0 within {timeout_s:g} s",
@@ -144,16 +153,26 @@ def accept_links(server: socket.socket, wanted: Collection[tuple[int, str]], tok
                 next="look at the output of these ranks; rank 0 must be reachable under MASTER_ADDR",
             ) from None
         link = Link(sock)
-        try:
-            hello = link.receive(timeout_s=10.0)
-            key = (int(hello["rank"]), str(hello["channel"]))
-            if key in wanted and hmac.compare_digest(str(hello["token"]), token):
-                links[key] = link
-                continue
-        except (LinkClosed, TimeoutError, ValueError, TypeError, KeyError):
-            pass
-        link.close()
+        key = _introduced(link, token, timeout_s=min(_HELLO_S, max(0.001, deadline - time.monotonic())))
+        if key in wanted and key not in links:
+            links[key] = link
+        else:
+            link.close()
     return links
+
+
+def _introduced(link: Link, token: str, *, timeout_s: float) -> Any:
+    """Return the rank and the channel of whoever has connected; None unless it knows the token."""
+    link.max_nbytes = _HELLO_NBYTES
+    try:
+        hello = link.receive(timeout_s=timeout_s)
+        key = (hello["rank"], hello["channel"])
+        hash(key)
+        is_known = hmac.compare_digest(str(hello["token"]), token)
+    except (LinkClosed, TimeoutError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    link.max_nbytes = MAX_MESSAGE_NBYTES
+    return key if is_known else None
 
 
 def connect(host: str, port: int, *, rank: int, channel: str, token: str, timeout_s: float) -> Link:

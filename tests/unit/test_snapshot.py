@@ -16,6 +16,7 @@ from ckptmgr.state.capture import capture_state, dry_check
 from ckptmgr.state.entry import CapturedEntry
 from ckptmgr.state.handlers import HandlerRegistry
 from ckptmgr.state.read_entries import load_entries
+from ckptmgr.state.shares import Share
 from ckptmgr.state.snapshot import SnapshotBuffers
 from ckptmgr.state.tensors import STORED_DTYPES, tensor_from_bytes
 
@@ -184,19 +185,35 @@ def test_tensors_without_a_stored_form_are_refused_at_the_first_capture(build, w
     assert why in str(caught.value)
 
 
-def test_a_distributed_tensor_is_refused_with_what_will_come(tmp_path):
+@pytest.fixture
+def mesh(tmp_path):
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_tensor
 
     store = distributed.FileStore(str(tmp_path / "store"), 1)
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        sharded = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)))
-        with pytest.raises(UnsupportedStateError, match="sharded state comes with a later version"):
-            dry_check([entry({"a": sharded})])
+        yield init_device_mesh("cpu", (1,))
     finally:
         distributed.destroy_process_group()
+
+
+def test_a_distributed_tensor_is_stored_as_a_shard_with_its_place(mesh):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    tree = {"a": distribute_tensor(torch.arange(6.0).reshape(3, 2), mesh, [Shard(0)])}
+    ours = Share(1, 2, frozenset({("extra", "a")}))
+    (tensor,) = SnapshotBuffers().snapshot([entry(tree)], share=ours)[0].tensors
+    assert (tensor.scope, tensor.rank, tensor.global_shape, tensor.global_offset) == ("sharded", 1, (3, 2), (0, 0))
+    assert bytes(tensor.data) == torch.arange(6.0).numpy().tobytes()
+
+
+def test_a_distributed_tensor_of_partial_sums_is_refused(mesh):
+    from torch.distributed.tensor import DTensor, Partial
+
+    partial = DTensor.from_local(torch.ones(4), mesh, [Partial()])
+    with pytest.raises(UnsupportedStateError, match="partial sum"):
+        dry_check([entry({"a": partial})])
 
 
 def test_values_of_torch_and_omegaconf_come_back():
@@ -258,9 +275,18 @@ def test_each_entry_with_tensors_has_a_file_and_any_entry_name_is_possible():
 
 
 def test_other_ranks_write_files_of_their_own():
-    files = SnapshotBuffers().snapshot([entry({"t": torch.ones(1)})], rank=3)
-    assert [file.name for file in files] == ["extra-rank-00003.safetensors", "state-rank-00003.json"]
-    assert (files[0].tensors[0].scope, files[0].tensors[0].rank) == ("per-rank", 3)
+    own = CapturedEntry("extra", "values", 1, {"t": torch.ones(1)}, scope="per-rank")
+    files = SnapshotBuffers().snapshot([own, entry({"a": 1}, "shared")], share=Share(1, 2))
+    assert [file.name for file in files] == ["extra-rank-00001.safetensors", "state-rank-00001.json"]
+    assert (files[0].tensors[0].scope, files[0].tensors[0].rank) == ("per-rank", 1)
+    assert list(json.loads(files[1].content)["entries"]) == ["extra"]
+
+
+def test_of_a_replicated_entry_another_rank_writes_its_share_and_no_document():
+    tree = {"t": torch.ones(1), "u": torch.ones(2)}
+    files = SnapshotBuffers().snapshot([entry(tree)], share=Share(1, 2, frozenset({("extra", "u")})))
+    assert [(t.name, t.scope, t.rank) for t in files[0].tensors] == [("u", "replicated", None)]
+    assert json.loads(files[1].content) == {"entries": {}}
 
 
 @pytest.mark.parametrize(

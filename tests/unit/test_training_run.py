@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckptmgr import training_run
+from ckptmgr import Checkpointer, training_run
 from ckptmgr.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -29,6 +29,7 @@ from ckptmgr.run.catalog import Catalog
 from ckptmgr.state.capture import capture_state
 from ckptmgr.storage.local import LocalStorage
 from ckptmgr.testing.faulty import FaultyStorage
+from ckptmgr.topology.join import join_ranks
 from ckptmgr.training_run import Monitor, TrainingRun, load_checkpoint
 
 
@@ -234,33 +235,31 @@ def test_secrets_in_an_exception_do_not_reach_the_run(tmp_path: Path, monkeypatc
     assert "s3cr3t" not in text
 
 
-@pytest.mark.parametrize("kind", ["process group", "launcher"])
-def test_a_job_of_several_ranks_is_refused_before_anything_is_claimed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+def test_ranks_without_a_process_group_are_refused_and_neither_claim_nor_create_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if kind == "launcher":
-        monkeypatch.setenv("RANK", "0")
-        monkeypatch.setenv("WORLD_SIZE", "2")
-    else:
-        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
-    with pytest.raises(TopologyError, match="ranks"):
-        open_run(tmp_path / "run")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with Checkpointer(tmp_path / "run", {"a": {"x": 1}}) as checkpointer, pytest.raises(TopologyError) as caught:
+        checkpointer.resume()
+    assert "2 ranks" in caught.value.what
+    assert "WORLD_SIZE and RANK are set" in str(caught.value)
+    assert "init_process_group" in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
 def test_one_rank_and_a_world_size_that_no_launcher_set_are_allowed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
-    open_run(tmp_path / "one").close("finished")
+    assert join_ranks().world_size == 1
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    open_run(tmp_path / "two").close("finished")
+    assert join_ranks().world_size == 1
 
 
 def test_a_run_of_a_newer_format_is_not_claimed(root: Path) -> None:
-    marker = RunMarker(version=2, run_id="00" * 8, created_at="")
+    marker = RunMarker(version=3, run_id="00" * 8, created_at="")
     (root / "ckptmgr.json").write_bytes(encode_record(marker))
     with pytest.raises(FormatVersionError):
         open_run(root)
