@@ -17,6 +17,7 @@ import torch
 from ckptmgr.errors import StateMismatchError, UnsupportedStateError, UsageError
 from ckptmgr.lightning.hyper_parameters import keep_plain_hyper_parameters
 from ckptmgr.lightning.loggers import log_positions
+from ckptmgr.lightning.strategies import not_gathering
 from ckptmgr.lightning.trainer_metrics import capture_metrics
 from ckptmgr.loading import LoadedCheckpoint
 from ckptmgr.state.codec import EntryEncoder
@@ -45,6 +46,8 @@ __all__ = [
 
 
 MODEL, TRAINER, RNG, DATA = "model", "trainer", "rng", "data"
+METRICS = "metrics"
+"""What each rank has logged, in a job of several; one rank has it in the entry of the Trainer."""
 INFERENCE_ENTRIES = (MODEL, TRAINER)
 """What it takes to validate, test and predict."""
 
@@ -60,6 +63,7 @@ def capture_entries(
     options: Mapping[str, Any],
     validation_names: set[str],
     weights_only: bool,
+    is_alone: bool,
 ) -> list[CapturedEntry]:
     """Capture a Trainer: live references, nothing is copied.
 
@@ -70,14 +74,23 @@ def capture_entries(
         options: The options that training follows.
         validation_names: Metrics that validation logged.
         weights_only: Leave out what only training needs.
+        is_alone: The job has one rank.
 
     Raises:
         UnsupportedStateError: An optimizer's parameter is in no module.
     """
-    checkpoint = dict(trainer._checkpoint_connector.dump_checkpoint(weights_only))
+    with not_gathering(trainer):
+        checkpoint = dict(trainer._checkpoint_connector.dump_checkpoint(weights_only))
     module = trainer.lightning_module
     names = ParameterNames({MODEL: module})
-    model = CapturedEntry(MODEL, ModuleHandler.name, ModuleHandler.version, _model_tree(module, checkpoint, names))
+    model = CapturedEntry(
+        MODEL,
+        ModuleHandler.name,
+        ModuleHandler.version,
+        _model_tree(module, checkpoint, names),
+        # Only the wrapper around the module knows whether its buffers are sent to all ranks.
+        tensor_scopes={} if is_alone else ModuleHandler().tensor_scopes(trainer.strategy.model),
+    )
     optimizer_states: Sequence[Any] = checkpoint.pop("optimizer_states", [])
     checkpoint.pop("lr_schedulers", None)
     loops = checkpoint["loops"]["fit_loop"].get("state_dict", {})
@@ -90,8 +103,13 @@ def capture_entries(
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     tree["lr_schedulers"] = [scheduler_handler(scheduler).capture(scheduler, names) for scheduler in schedulers]
     tree["options"] = dict(options)
-    tree["metrics"] = capture_metrics(trainer)
-    if trainer.loggers:
+    metrics = []
+    if is_alone:
+        tree["metrics"] = capture_metrics(trainer)
+    else:
+        metrics.append(CapturedEntry(METRICS, "lightning-metrics", _VERSION, capture_metrics(trainer), "per-rank"))
+    # On other ranks loggers write nothing.
+    if trainer.loggers and trainer.is_global_zero:
         tree["loggers"] = log_positions(trainer.loggers)
     tree["validation_names"] = sorted(validation_names)
     handler = OptimizerHandler()
@@ -105,8 +123,9 @@ def capture_entries(
         model,
         *optimizers,
         trainer_entry,
-        CapturedEntry(DATA, "lightning-data", _VERSION, dict(position)),
-        CapturedEntry(RNG, "rng", 1, dict(rng)),
+        *metrics,
+        CapturedEntry(DATA, "lightning-data", _VERSION, dict(position), "per-rank"),
+        CapturedEntry(RNG, "rng", 1, dict(rng), "per-rank"),
     ]
 
 

@@ -4,43 +4,45 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal, Self
 
-import torch
-
-from ckptmgr.errors import CheckpointNotFoundError, Preempted, TopologyError
+from ckptmgr.errors import Preempted
 from ckptmgr.launch.requested import requested_run
-from ckptmgr.launch.run_directory import absolute, default_run_dir, job_name
+from ckptmgr.launch.run_directory import absolute
 from ckptmgr.lightning.arguments import refuse_shared_run, warn_of_unused
-from ckptmgr.lightning.assemble import check_model
+from ckptmgr.lightning.assemble import MODEL
 from ckptmgr.lightning.bases import tree_for, with_lightning_base
 from ckptmgr.lightning.checkpoint_io import install_checkpoint_io
 from ckptmgr.lightning.compat import check_compatible, module_of
-from ckptmgr.lightning.filesystem import url_of
 from ckptmgr.lightning.loggers import Logs, begin_logs
 from ckptmgr.lightning.loops import Boundary, LoopHooks
 from ckptmgr.lightning.resume import Resume
+from ckptmgr.lightning.run_view import RunView
 from ckptmgr.lightning.saving import Saver
+from ckptmgr.lightning.strategies import join_trainer, refuse_strategy
 from ckptmgr.policy.arguments import check_switch
 from ckptmgr.policy.from_keywords import retention_from, trigger_from
 from ckptmgr.policy.intervals import Triggers
+from ckptmgr.policy.quantities import parse_duration
 from ckptmgr.policy.retention import RetentionPolicy
 from ckptmgr.preemption import STOPPED, StopSignal
-from ckptmgr.run.catalog import Catalog
-from ckptmgr.state.changed_options import OptionChange
+from ckptmgr.ranks.group import DEFAULT_TIMEOUT_S, Ranks
+from ckptmgr.state.divergence import OnDivergence, checked_divergence
+from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.rng import capture_rng
+from ckptmgr.state.selection import Selection, SelectionReport
 from ckptmgr.state.training_options import OnChangedOptions, checked_mode
-from ckptmgr.storage.open import open_storage
-from ckptmgr.training_run import Monitor, TrainingRun
+from ckptmgr.training_run import RUN_DIR_VARIABLE, Monitor, TrainingRun
 
 __all__ = ["CheckpointManager"]
 
 _log = logging.getLogger("ckptmgr")
 
 
-class CheckpointManager:
+class CheckpointManager(RunView):
     """Saves everything that a Trainer needs to go on, and resumes by itself in ``fit``.
 
     Works with ``lightning`` and with ``pytorch_lightning``: an instance is a ``ModelCheckpoint`` of whichever of them
@@ -71,8 +73,13 @@ class CheckpointManager:
             another run begins with its checkpoint, until this run has one of its own.
         on_changed_options: ``keep`` goes on with the learning rates, weight decay, betas and schedules of the
             checkpoint, and names those that the module builds otherwise; ``apply`` goes on with the module's.
+        selection: What to restore of a checkpoint that is named, by ``resume`` or by ``ckpt_path``. What this run's own
+            starts go on from by themselves is restored whole.
         storage_options: Passed to the storage. Never recorded.
         background: Write while training goes on. False makes each save wait until it is durable.
+        on_divergence: In a job of several ranks: ``warn`` compares digests of parameters and moments that all ranks
+            should hold alike, at each save, and names what differs; ``raise`` saves nothing then; ``off`` never looks.
+        ranks_timeout: How long a rank may be waited for. In seconds, or a `timedelta`.
         **others: Other arguments of ModelCheckpoint: accepted, and named in a warning where they have no meaning here.
 
     Raises:
@@ -108,8 +115,11 @@ class CheckpointManager:
         retention: RetentionPolicy | Sequence[RetentionPolicy] | None = None,
         resume: str = "auto",
         on_changed_options: OnChangedOptions = "keep",
+        selection: Selection | None = None,
         storage_options: Mapping[str, Any] | None = None,
         background: bool = True,
+        on_divergence: OnDivergence = "warn",
+        ranks_timeout: timedelta | float = DEFAULT_TIMEOUT_S,
         **others: Any,
     ) -> None:
         # ModelCheckpoint's own constructor is left out: it sets up the saving that this class replaces.
@@ -135,7 +145,12 @@ class CheckpointManager:
         )
         self._monitor = None if monitor is None else Monitor(monitor, mode)
         self._storage_options, self._on_changed_options = storage_options, checked_mode(on_changed_options)
+        self._selection = selection
         self._background = check_switch(background, of="background")
+        self._on_divergence = checked_divergence(on_divergence)
+        self._ranks_timeout_s = parse_duration(ranks_timeout, of="CheckpointManager(ranks_timeout)")
+        self._ranks: Ranks | None = None
+        self._is_overridden = bool(os.environ.get(RUN_DIR_VARIABLE))
         self._saves_on_exception = save_on_exception
         self._saves_on_signal = save_on_signal
         # Read by loggers and by Lightning itself.
@@ -151,127 +166,33 @@ class CheckpointManager:
         self._logs: Logs | None = None
         self._signal: StopSignal | None = None
         self._saver: Saver | None = None
-
-    # What users and Lightning ask for.
-
-    @property
-    def run_dir(self) -> str | None:
-        """The run directory; None as long as it depends on a Trainer that this manager has not met."""
-        return self._run_dir
-
-    @property
-    def dirpath(self) -> str | None:
-        """The run directory, under ModelCheckpoint's name."""
-        return self._run_dir
-
-    @property
-    def best_model_path(self) -> str:
-        """URL of the best checkpoint, of the newest one without ``monitor``; empty if there is none.
-
-        Can be given to ``ckpt_path`` and to ``load_from_checkpoint``.
-        """
-        if self._monitor is None:
-            return self.last_model_path
-        known = self._known_run()
-        if known is not None:
-            found = known.best()
-            return "" if found is None else self._url(found[0])
-        try:
-            catalog = self._catalog()
-            return (
-                "" if catalog is None else self._url(catalog.best(self._monitor.metric, self._monitor.mode).checkpoint)
-            )
-        except CheckpointNotFoundError:
-            return ""
-
-    @property
-    def best_model_score(self) -> torch.Tensor | None:
-        """The best checkpoint's value of the monitored metric."""
-        known = self._known_run()
-        if self._monitor is None or known is None:
-            return None
-        found = known.best()
-        return None if found is None else torch.tensor(found[1])
-
-    @property
-    def current_score(self) -> torch.Tensor | None:
-        """The newest value of the monitored metric."""
-        value = None if self._saver is None else self._saver.latest_metrics.get(str(self.monitor))
-        return None if value is None else torch.tensor(value)
-
-    @property
-    def last_model_path(self) -> str:
-        """URL of the newest checkpoint; empty if there is none."""
-        known = self._known_run()
-        if known is not None:
-            latest = known.latest()
-            return "" if latest is None else self._url(latest)
-        try:
-            catalog = self._catalog()
-            return "" if catalog is None else self._url(catalog.latest().checkpoint)
-        except CheckpointNotFoundError:
-            return ""
-
-    @property
-    def changes(self) -> list[OptionChange]:
-        """What ``fit`` trains with otherwise than the checkpoint did: options that were applied, batch size."""
-        return [] if self._hooks is None or self._hooks.options is None else self._hooks.options.applied
-
-    @property
-    def state_key(self) -> str:
-        """Unique among all callbacks: two managers of one run are refused with a message of ours."""
-        return f"CheckpointManager({self._run_dir!r}, {id(self)})"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: what is best and newest follows from the run directory."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take nothing."""
-
-    def _find_last_checkpoints(self, trainer: Any) -> set[str]:
-        if self._run_dir is None:
-            self._settle_run_dir(trainer, fresh=False)
-        return {self.last_model_path} - {""}
-
-    def wait(self) -> None:
-        """Wait until the last save is durable.
-
-        Raises:
-            SaveFailedError, Fenced: It failed.
-        """
-        if self._saver is not None:
-            self._saver.run.wait()
+        self._report: SelectionReport | None = None
 
     # Lightning's hooks, in their order.
 
     def before_loggers_begin(self, trainer: Any) -> None:
         """Go on with the run's logs, where ``fit`` will probably go on with the run."""
         if trainer.state.fn == "fit" and not trainer.fast_dev_run and _managers(trainer)[0] is self:
-            self._settle_run_dir(trainer, fresh=True)
+            self._join(trainer)
             self._logs = begin_logs(trainer, str(self._run_dir), self._resume, storage_options=self._storage_options)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take our place in the Trainer: its CheckpointIO, and in ``fit`` its way to resume and its loops."""
         tree = tree_for(trainer, self)
         check_compatible(trainer, tree)
-        if trainer.world_size > 1:
-            raise TopologyError(
-                f"CheckpointManager cannot save {trainer.world_size} ranks yet",
-                why="each rank has RNG and data of its own, and only one rank's would be saved",
-                next="train with devices=1, or use Lightning's ModelCheckpoint until ranks are supported",
-            )
+        refuse_strategy(trainer)
         checkpoint_io = install_checkpoint_io(trainer, tree, self._storage_options)
         if stage != "fit" or trainer.fast_dev_run:
             return
-        self._settle_run_dir(trainer, fresh=True)
+        ranks = self._join(trainer)
         self._trainer, self._saver = trainer, None
         managers = _managers(trainer)
         refuse_shared_run(str(self._run_dir), [other._run_dir for other in managers])
         self._signal = StopSignal() if self._saves_on_signal else None
         if managers[0] is self:
             sigterm = module_of(tree, "utilities.exceptions").SIGTERMException
-            self._hooks = LoopHooks(trainer, self, notify=_log.warning, sigterm=sigterm)
+            notify = _log.warning if ranks.leads else _log.debug
+            self._hooks = LoopHooks(trainer, self, notify=notify, sigterm=sigterm)
             self._hooks.install()
         else:
             self._hooks = managers[0]._hooks
@@ -284,8 +205,11 @@ class CheckpointManager:
             self._run_dir,
             self._resume,
             self._open,
+            ranks,
             on_changed_options=self._on_changed_options,
             storage_options=self._storage_options,
+            is_overridden=self._is_overridden,
+            selection=self._selection,
         )
         self._resumption.install(self._hooks, self._logs, leads=managers[0] is self)
         self._logs = None
@@ -297,12 +221,15 @@ class CheckpointManager:
         resumption, hooks = self._resumption, self._hooks
         assert hooks is not None
         run = resumption.opened()
+        assert self._ranks is not None
         names = resumption.validation_names
         continued = resumption.accept()
+        self._report = resumption.report
         self._saver = Saver(
             trainer,
             run,
             hooks,
+            self._ranks,
             trigger=self._trigger,
             weights_only=self.save_weights_only,
             on_exception=self._saves_on_exception,
@@ -351,6 +278,7 @@ class CheckpointManager:
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Save the last completed step if asked to, and let go. ``teardown`` is not called after exceptions."""
         if self._resumption is None:
+            self._part(exception)
             return
         outcome: Literal["failed", "preempted"] = "preempted" if isinstance(exception, Preempted) else "failed"
         try:
@@ -361,7 +289,7 @@ class CheckpointManager:
             _log.exception("nothing was saved after the exception")
         try:
             error = None if outcome == "preempted" else f"{type(exception).__name__}: {exception}"
-            self._end(trainer, outcome, error)
+            self._end(trainer, outcome, error, exception)
         except Exception as failure:
             exception.add_note(f"ckptmgr: {failure}")
             _log.exception("the run could not be closed")
@@ -370,11 +298,20 @@ class CheckpointManager:
 
     def at_boundary(self, boundary: Boundary) -> None:
         """Save where that is due, in every manager of the Trainer."""
+        assert self._ranks is not None
+        if boundary.place == "validated" and not boundary.has_validated and self._ranks.world_size > 1:
+            # Only here because this rank was told to stop; the others are not.
+            return
         rng = capture_rng()
         savers = [manager._saver for manager in _managers(self._trainer) if manager._saver is not None]
-        is_clean = [saver.at_boundary(boundary, rng, told_to_stop=self.is_told_to_stop()) for saver in savers]
-        if self.is_told_to_stop() and any(is_clean):
-            _log.warning(STOPPED, self._run_dir, self._trainer.global_step)
+        told_to_stop, is_agreed = self.is_told_to_stop(), False
+        for saver in savers:
+            agreed = saver.at_boundary(boundary, rng, told_to_stop=told_to_stop, is_agreed=is_agreed)
+            if agreed is not None:
+                told_to_stop, is_agreed = agreed, True
+        if is_agreed and told_to_stop:
+            if self._ranks.leads:
+                _log.warning(STOPPED, self._run_dir, self._trainer.global_step)
             raise Preempted
 
     def at_cut_validation(self) -> None:
@@ -389,10 +326,18 @@ class CheckpointManager:
         """Say whether SIGTERM came in."""
         return self._signal is not None and self._signal.received is not None
 
+    def told_to_stop(self, signum: int) -> bool:
+        """Take note of a signal that Lightning got. On several ranks that is all: they stop at the same step."""
+        if self._signal is None or self._ranks is None or self._ranks.world_size == 1:
+            return False
+        self._signal.received = signum
+        return True
+
     # The run.
 
     def _open(self, resume: str) -> TrainingRun:
         assert self._run_dir is not None
+        assert self._resumption is not None
         return TrainingRun.open(
             self._run_dir,
             resume=resume,
@@ -400,10 +345,35 @@ class CheckpointManager:
             monitor=self._monitor,
             storage_options=self._storage_options,
             background=self._background,
-            check=lambda loaded: check_model(self._trainer.lightning_module, loaded),
+            check=self._resumption.check,
+            ranks=self._ranks,
+            shards=ParameterNames({MODEL: self._trainer.lightning_module}).shards(),
+            on_divergence=self._on_divergence,
         )
 
-    def _end(self, trainer: Any, outcome: Literal["finished", "failed", "preempted"], error: str | None) -> None:
+    def _join(self, trainer: Any) -> Ranks:
+        """Meet the other ranks, and agree on the run: its directory, and what to go on with, are what rank 0 says."""
+        if self._ranks is None:
+            refuse_strategy(trainer)
+            self._ranks = join_trainer(trainer, timeout_s=self._ranks_timeout_s)
+            self._settle_run_dir(trainer, fresh=True)
+            chosen: Any = [self._run_dir, self._resume, self._is_overridden]
+            told = self._ranks.loop.decide("choosing the run", lambda: chosen)
+            self._run_dir, self._resume, self._is_overridden = told
+        return self._ranks
+
+    def _part(self, error: BaseException | None) -> None:
+        ranks, self._ranks = self._ranks, None
+        if ranks is not None:
+            ranks.close(error)
+
+    def _end(
+        self,
+        trainer: Any,
+        outcome: Literal["finished", "failed", "preempted"],
+        error: str | None,
+        exception: BaseException | None = None,
+    ) -> None:
         saver, self._saver = self._saver, None
         resumption, self._resumption = self._resumption, None
         run = None
@@ -418,26 +388,14 @@ class CheckpointManager:
             if run is not None:
                 self._past = run
                 run.close(outcome, step=trainer.global_step, error=error)
+                if self._ranks is not None and outcome != "failed":
+                    # Who starts the ranks takes the first one that is gone for a failure, and kills those that write.
+                    self._ranks.loop.together("the end of the run", lambda: None)
         finally:
+            self._part(exception or sys.exception())
             # Last: a second signal must not end the process while the save that the first one asked for is written.
             if self._signal is not None:
                 self._signal.uninstall()
-
-    def _settle_run_dir(self, trainer: Any, *, fresh: bool) -> None:
-        if self._run_dir is None and (fresh or job_name(os.environ) is not None):
-            self._run_dir = default_run_dir(os.fspath(trainer.default_root_dir))
-
-    def _known_run(self) -> TrainingRun | None:
-        return self._past if self._saver is None else self._saver.run
-
-    def _catalog(self) -> Catalog | None:
-        if self._run_dir is None:
-            return None
-        catalog = Catalog(open_storage(self._run_dir, storage_options=self._storage_options))
-        return catalog if catalog.is_run else None
-
-    def _url(self, checkpoint: Any) -> str:
-        return url_of(f"{self._run_dir}@{checkpoint}")
 
     def _say(self, message: str) -> None:
         module_of(tree_for(self._trainer, self), "utilities.rank_zero").rank_zero_info(message)

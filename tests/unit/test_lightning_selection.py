@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from lightning_samples import Broken, Model, TwoOptimizers, make_trainer, plain_
 from torch import nn
 
 from ckptmgr import CheckpointManager, Selection, StateMismatchError, UsageError
-from ckptmgr.lightning import callback as manager_module
-from ckptmgr.lightning.resume import Resume
 from ckptmgr.loading import load_checkpoint
 
 
@@ -63,26 +60,13 @@ Fit = Callable[..., Start]
 
 
 @pytest.fixture
-def selecting(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make the manager's way into a run, with a selection."""
-
-    def make(selection: Selection | None, *args: Any, **kwargs: Any) -> Resume:
-        resume = Resume(*args, selection=selection, **kwargs)
-        monkeypatch.setattr(manager_module, "check_model", lambda module, loaded: resume.check(loaded))
-        return resume
-
-    return make
-
-
-@pytest.fixture
-def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, selecting: Any) -> Fit:
+def fit(tmp_path: Path) -> Fit:
     def run(
         name: str, model: Model, selection: Selection | None = None, *, fit_with: Any = None, **options: Any
     ) -> Start:
         trainer_options = {key: options.pop(key) for key in ("max_epochs", "precision") if key in options}
         start = Start()
-        manager = CheckpointManager(tmp_path / name, every_n_train_steps=1, keep_last=9, **options)
-        monkeypatch.setattr(manager_module, "Resume", partial(selecting, selection))
+        manager = CheckpointManager(tmp_path / name, every_n_train_steps=1, keep_last=9, selection=selection, **options)
         trainer = make_trainer(tmp_path, manager, start, **trainer_options)
         if model.breaks_at is None:
             trainer.fit(model, plain_loader(), **(fit_with or {}))
