@@ -8,7 +8,7 @@ import enum
 import os
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from ckptmgr.state.entry import CapturedEntry
 from ckptmgr.state.module import ModuleHandler
 from ckptmgr.state.names import ParameterNames, WrapperPrefixes
 from ckptmgr.state.optimizer import OptimizerHandler
-from ckptmgr.state.sharding import as_live, is_sharded
 from ckptmgr.state.stateful import SchedulerHandler, StatefulHandler
 from ckptmgr.state.training_options import OnChangedOptions, TrainingOptions
 
@@ -47,6 +46,8 @@ __all__ = [
 
 
 MODEL, TRAINER, RNG, DATA = "model", "trainer", "rng", "data"
+METRICS = "metrics"
+"""What each rank has logged, in a job of several; one rank has it in the entry of the Trainer."""
 INFERENCE_ENTRIES = (MODEL, TRAINER)
 """What it takes to validate, test and predict."""
 
@@ -62,6 +63,7 @@ def capture_entries(
     options: Mapping[str, Any],
     validation_names: set[str],
     weights_only: bool,
+    is_alone: bool,
 ) -> list[CapturedEntry]:
     """Capture a Trainer: live references, nothing is copied.
 
@@ -72,42 +74,48 @@ def capture_entries(
         options: The options that training follows.
         validation_names: Metrics that validation logged.
         weights_only: Leave out what only training needs.
+        is_alone: The job has one rank.
 
     Raises:
         UnsupportedStateError: An optimizer's parameter is in no module.
     """
-    with not_gathering(trainer.strategy):
+    with not_gathering(trainer):
         checkpoint = dict(trainer._checkpoint_connector.dump_checkpoint(weights_only))
     module = trainer.lightning_module
     names = ParameterNames({MODEL: module})
-    handler = ModuleHandler()
-    # The wrapper, for it knows whose buffers count. The names are the module's own all the same.
-    scopes = handler.tensor_scopes(trainer.strategy.model or module)
-    tree = _model_tree(module, checkpoint, names)
-    model = CapturedEntry(MODEL, handler.name, handler.version, tree, handler.scope, scopes)
-    checkpoint.pop("optimizer_states", None)
+    model = CapturedEntry(
+        MODEL,
+        ModuleHandler.name,
+        ModuleHandler.version,
+        _model_tree(module, checkpoint, names),
+        # Only the wrapper around the module knows whether its buffers are sent to all ranks.
+        tensor_scopes={} if is_alone else ModuleHandler().tensor_scopes(trainer.strategy.model),
+    )
+    optimizer_states: Sequence[Any] = checkpoint.pop("optimizer_states", [])
     checkpoint.pop("lr_schedulers", None)
     loops = checkpoint["loops"]["fit_loop"].get("state_dict", {})
     loops.pop("combined_loader", None)
     keep_plain_hyper_parameters(checkpoint, lambda value: _why_unstorable(value) is None)
-    tree = {"version": _VERSION, "weights_only": weights_only, "lightning": checkpoint}
+    tree: dict[str, Any] = {"version": _VERSION, "weights_only": weights_only, "lightning": checkpoint}
     trainer_entry = CapturedEntry(TRAINER, "lightning", _VERSION, tree)
     if weights_only:
         return [model, trainer_entry]
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     tree["lr_schedulers"] = [scheduler_handler(scheduler).capture(scheduler, names) for scheduler in schedulers]
     tree["options"] = dict(options)
-    tree["metrics"] = capture_metrics(trainer)
+    metrics = []
+    if is_alone:
+        tree["metrics"] = capture_metrics(trainer)
+    else:
+        metrics.append(CapturedEntry(METRICS, "lightning-metrics", _VERSION, capture_metrics(trainer), "per-rank"))
+    # On other ranks loggers write nothing.
     if trainer.loggers and trainer.is_global_zero:
         tree["loggers"] = log_positions(trainer.loggers)
     tree["validation_names"] = sorted(validation_names)
-    of_optimizer = OptimizerHandler()
+    handler = OptimizerHandler()
     optimizers = [
         CapturedEntry(
-            numbered("optimizer", i, len(trainer.optimizers)),
-            of_optimizer.name,
-            of_optimizer.version,
-            of_optimizer.capture(o, names),
+            numbered("optimizer", i, len(optimizer_states)), handler.name, handler.version, handler.capture(o, names)
         )
         for i, o in enumerate(trainer.optimizers)
     ]
@@ -115,6 +123,7 @@ def capture_entries(
         model,
         *optimizers,
         trainer_entry,
+        *metrics,
         CapturedEntry(DATA, "lightning-data", _VERSION, dict(position), "per-rank"),
         CapturedEntry(RNG, "rng", 1, dict(rng), "per-rank"),
     ]
@@ -138,10 +147,8 @@ def assemble(loaded: LoadedCheckpoint, module: Any = None) -> dict[str, Any]:
     state = {**tree["tensors"], **tree.get("values", {})}
     if module is not None:
         prefixes = WrapperPrefixes(module)
-        live = module.state_dict()
-        keys = {prefixes.own_name(key): key for key in live}
+        keys = {prefixes.own_name(key): key for key in module.state_dict()}
         state = {keys.get(name, name): value for name, value in state.items()}
-        state = {key: as_live(value, live[key]) if key in live else value for key, value in state.items()}
     checkpoint["state_dict"] = _with_versions(state, tree.get("versions", {}))
     return checkpoint
 
@@ -218,9 +225,6 @@ def drivers_of(trainer: Any) -> dict[str, Any]:
 
 def _model_tree(module: Any, checkpoint: dict[str, Any], names: ParameterNames) -> dict[str, Any]:
     tree: dict[str, Any] = ModuleHandler().capture(module, names)
-    if any(is_sharded(parameter) for parameter in module.parameters()):
-        checkpoint.pop("state_dict")
-        return tree
     prefixes = WrapperPrefixes(module)
     # Not simply the module's own state: a callback that averages weights has put the average here.
     state = {prefixes.own_name(key): value for key, value in checkpoint.pop("state_dict").items()}

@@ -12,19 +12,17 @@ from typing import Any, Literal, Self
 from ckptmgr.errors import Preempted
 from ckptmgr.launch.requested import requested_run
 from ckptmgr.launch.run_directory import absolute
-from ckptmgr.lightning.answers import Answers
 from ckptmgr.lightning.arguments import refuse_shared_run, warn_of_unused
 from ckptmgr.lightning.assemble import MODEL
 from ckptmgr.lightning.bases import tree_for, with_lightning_base
 from ckptmgr.lightning.checkpoint_io import install_checkpoint_io
 from ckptmgr.lightning.compat import check_compatible, module_of
-from ckptmgr.lightning.elastic_loaders import ElasticLoaders
-from ckptmgr.lightning.filesystem import own_reference
 from ckptmgr.lightning.loggers import Logs, begin_logs
 from ckptmgr.lightning.loops import Boundary, LoopHooks
 from ckptmgr.lightning.resume import Resume
+from ckptmgr.lightning.run_view import RunView
 from ckptmgr.lightning.saving import Saver
-from ckptmgr.lightning.strategies import load_through, refuse_unsupported
+from ckptmgr.lightning.strategies import join_trainer, refuse_strategy
 from ckptmgr.policy.arguments import check_switch
 from ckptmgr.policy.from_keywords import retention_from, trigger_from
 from ckptmgr.policy.intervals import Triggers
@@ -32,21 +30,19 @@ from ckptmgr.policy.quantities import parse_duration
 from ckptmgr.policy.retention import RetentionPolicy
 from ckptmgr.preemption import STOPPED, StopSignal
 from ckptmgr.ranks.group import DEFAULT_TIMEOUT_S, Ranks
-from ckptmgr.ranks.steps import StepAgreement
 from ckptmgr.state.divergence import OnDivergence, checked_divergence
 from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.rng import capture_rng
-from ckptmgr.state.selection import Selection
+from ckptmgr.state.selection import Selection, SelectionReport
 from ckptmgr.state.training_options import OnChangedOptions, checked_mode
-from ckptmgr.topology.join import join_ranks
-from ckptmgr.training_run import Monitor, TrainingRun
+from ckptmgr.training_run import RUN_DIR_VARIABLE, Monitor, TrainingRun
 
 __all__ = ["CheckpointManager"]
 
 _log = logging.getLogger("ckptmgr")
 
 
-class CheckpointManager(Answers):
+class CheckpointManager(RunView):
     """Saves everything that a Trainer needs to go on, and resumes by itself in ``fit``.
 
     Works with ``lightning`` and with ``pytorch_lightning``: an instance is a ``ModelCheckpoint`` of whichever of them
@@ -77,12 +73,12 @@ class CheckpointManager(Answers):
             another run begins with its checkpoint, until this run has one of its own.
         on_changed_options: ``keep`` goes on with the learning rates, weight decay, betas and schedules of the
             checkpoint, and names those that the module builds otherwise; ``apply`` goes on with the module's.
-        selection: What to restore of the checkpoint that ``resume`` or ``ckpt_path`` names; all by default. What is not
-            restored is logged. Where the run goes on by itself, all of it is restored.
+        selection: What to restore of a checkpoint that is named, by ``resume`` or by ``ckpt_path``. What this run's own
+            starts go on from by themselves is restored whole.
         storage_options: Passed to the storage. Never recorded.
         background: Write while training goes on. False makes each save wait until it is durable.
-        on_divergence: On several ranks: ``warn`` compares digests of what all ranks should hold alike, at each save,
-            and names what differs; ``raise`` saves nothing then; ``off`` never looks.
+        on_divergence: In a job of several ranks: ``warn`` compares digests of parameters and moments that all ranks
+            should hold alike, at each save, and names what differs; ``raise`` saves nothing then; ``off`` never looks.
         ranks_timeout: How long a rank may be waited for. In seconds, or a `timedelta`.
         **others: Other arguments of ModelCheckpoint: accepted, and named in a warning where they have no meaning here.
 
@@ -149,11 +145,12 @@ class CheckpointManager(Answers):
         )
         self._monitor = None if monitor is None else Monitor(monitor, mode)
         self._storage_options, self._on_changed_options = storage_options, checked_mode(on_changed_options)
+        self._selection = selection
         self._background = check_switch(background, of="background")
-        self._selection, self._on_divergence = selection, checked_divergence(on_divergence)
+        self._on_divergence = checked_divergence(on_divergence)
         self._ranks_timeout_s = parse_duration(ranks_timeout, of="CheckpointManager(ranks_timeout)")
-        self._ranks, self._report = None, None
-        self._elastic: ElasticLoaders | None = None
+        self._ranks: Ranks | None = None
+        self._is_overridden = bool(os.environ.get(RUN_DIR_VARIABLE))
         self._saves_on_exception = save_on_exception
         self._saves_on_signal = save_on_signal
         # Read by loggers and by Lightning itself.
@@ -169,15 +166,7 @@ class CheckpointManager(Answers):
         self._logs: Logs | None = None
         self._signal: StopSignal | None = None
         self._saver: Saver | None = None
-
-    def wait(self) -> None:
-        """Wait until the last save is durable.
-
-        Raises:
-            SaveFailedError, Fenced: It failed.
-        """
-        if self._saver is not None:
-            self._saver.run.wait()
+        self._report: SelectionReport | None = None
 
     # Lightning's hooks, in their order.
 
@@ -185,36 +174,26 @@ class CheckpointManager(Answers):
         """Go on with the run's logs, where ``fit`` will probably go on with the run."""
         if trainer.state.fn == "fit" and not trainer.fast_dev_run and _managers(trainer)[0] is self:
             self._join(trainer)
-            self._settle_run_dir(trainer, fresh=True)
-            if self._joined().leads:
-                self._logs = begin_logs(
-                    trainer, str(self._run_dir), self._resume, storage_options=self._storage_options
-                )
+            self._logs = begin_logs(trainer, str(self._run_dir), self._resume, storage_options=self._storage_options)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take our place in the Trainer: its CheckpointIO, and in ``fit`` its way to resume and its loops."""
         tree = tree_for(trainer, self)
         check_compatible(trainer, tree)
+        refuse_strategy(trainer)
         checkpoint_io = install_checkpoint_io(trainer, tree, self._storage_options)
-        load_through(trainer.strategy, checkpoint_io.load_checkpoint, lambda path: own_reference(path) is not None)
         if stage != "fit" or trainer.fast_dev_run:
             return
-        refuse_unsupported(trainer.strategy)
-        self._join(trainer)
-        self._settle_run_dir(trainer, fresh=True)
+        ranks = self._join(trainer)
         self._trainer, self._saver = trainer, None
         managers = _managers(trainer)
         refuse_shared_run(str(self._run_dir), [other._run_dir for other in managers])
-        # On several ranks Lightning would end the validation of the one rank that got the signal.
-        alone = trainer.world_size == 1
-        self._signal = StopSignal(calls_previous=alone) if self._saves_on_signal else None
-        self._must_stop = False
+        self._signal = StopSignal() if self._saves_on_signal else None
         if managers[0] is self:
             sigterm = module_of(tree, "utilities.exceptions").SIGTERMException
-            self._hooks = LoopHooks(trainer, self, notify=_log.warning, sigterm=sigterm)
+            notify = _log.warning if ranks.leads else _log.debug
+            self._hooks = LoopHooks(trainer, self, notify=notify, sigterm=sigterm)
             self._hooks.install()
-            self._elastic = ElasticLoaders(trainer, self._hooks.elastic_state)
-            self._elastic.install()
         else:
             self._hooks = managers[0]._hooks
         assert self._run_dir is not None
@@ -226,10 +205,11 @@ class CheckpointManager(Answers):
             self._run_dir,
             self._resume,
             self._open,
+            ranks,
             on_changed_options=self._on_changed_options,
             storage_options=self._storage_options,
+            is_overridden=self._is_overridden,
             selection=self._selection,
-            ranks=self._joined(),
         )
         self._resumption.install(self._hooks, self._logs, leads=managers[0] is self)
         self._logs = None
@@ -241,12 +221,15 @@ class CheckpointManager(Answers):
         resumption, hooks = self._resumption, self._hooks
         assert hooks is not None
         run = resumption.opened()
+        assert self._ranks is not None
         names = resumption.validation_names
         continued = resumption.accept()
+        self._report = resumption.report
         self._saver = Saver(
             trainer,
             run,
             hooks,
+            self._ranks,
             trigger=self._trigger,
             weights_only=self.save_weights_only,
             on_exception=self._saves_on_exception,
@@ -295,6 +278,7 @@ class CheckpointManager(Answers):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Save the last completed step if asked to, and let go. ``teardown`` is not called after exceptions."""
         if self._resumption is None:
+            self._part(exception)
             return
         outcome: Literal["failed", "preempted"] = "preempted" if isinstance(exception, Preempted) else "failed"
         try:
@@ -305,7 +289,7 @@ class CheckpointManager(Answers):
             _log.exception("nothing was saved after the exception")
         try:
             error = None if outcome == "preempted" else f"{type(exception).__name__}: {exception}"
-            self._end(trainer, outcome, error)
+            self._end(trainer, outcome, error, exception)
         except Exception as failure:
             exception.add_note(f"ckptmgr: {failure}")
             _log.exception("the run could not be closed")
@@ -314,12 +298,19 @@ class CheckpointManager(Answers):
 
     def at_boundary(self, boundary: Boundary) -> None:
         """Save where that is due, in every manager of the Trainer."""
+        assert self._ranks is not None
+        if boundary.place == "validated" and not boundary.has_validated and self._ranks.world_size > 1:
+            # Only here because this rank was told to stop; the others are not.
+            return
         rng = capture_rng()
-        must_stop = self._agree_to_stop(boundary)
         savers = [manager._saver for manager in _managers(self._trainer) if manager._saver is not None]
-        is_clean = [saver.at_boundary(boundary, rng, told_to_stop=must_stop) for saver in savers]
-        if must_stop and any(is_clean):
-            if self._joined().leads:
+        told_to_stop, is_agreed = self.is_told_to_stop(), False
+        for saver in savers:
+            agreed = saver.at_boundary(boundary, rng, told_to_stop=told_to_stop, is_agreed=is_agreed)
+            if agreed is not None:
+                told_to_stop, is_agreed = agreed, True
+        if is_agreed and told_to_stop:
+            if self._ranks.leads:
                 _log.warning(STOPPED, self._run_dir, self._trainer.global_step)
             raise Preempted
 
@@ -332,47 +323,21 @@ class CheckpointManager(Answers):
             raise Preempted
 
     def is_told_to_stop(self) -> bool:
-        """Say whether SIGTERM came in; on several ranks, whether they have agreed that it did on any of them."""
-        return self._must_stop if self._joined().world_size > 1 else self._has_signal()
-
-    def _has_signal(self) -> bool:
+        """Say whether SIGTERM came in."""
         return self._signal is not None and self._signal.received is not None
 
-    def _agree_to_stop(self, boundary: Boundary) -> bool:
-        ranks = self._joined()
-        if ranks.world_size == 1:
-            return self._has_signal()
-        what = f"whether to stop at step {self._trainer.global_step}"
-        if boundary.place != "step":
-            told = ranks.loop.exchange(f"{what} ({boundary.place})", self._has_signal, any)
-        else:
-            _, told = self._stops.at_step(
-                what, is_told_to_stop=self._has_signal(), decide=lambda _: None, known=lambda: None
-            )
-        self._must_stop |= told
-        return self._must_stop
-
-    # The ranks.
-
-    def _join(self, trainer: Any) -> None:
-        if self._ranks is None:
-            self._ranks = join_ranks(timeout_s=self._ranks_timeout_s)
-            self._stops = StepAgreement(self._ranks.loop)
-
-    def _joined(self) -> Ranks:
-        return self._ranks or Ranks.alone()
-
-    def _part(self, error: BaseException | None) -> None:
-        ranks, self._ranks = self._ranks, None
-        if ranks is not None:
-            ranks.close(error)
+    def told_to_stop(self, signum: int) -> bool:
+        """Take note of a signal that Lightning got. On several ranks that is all: they stop at the same step."""
+        if self._signal is None or self._ranks is None or self._ranks.world_size == 1:
+            return False
+        self._signal.received = signum
+        return True
 
     # The run.
 
     def _open(self, resume: str) -> TrainingRun:
-        resumption = self._resumption
         assert self._run_dir is not None
-        assert resumption is not None
+        assert self._resumption is not None
         return TrainingRun.open(
             self._run_dir,
             resume=resume,
@@ -380,32 +345,54 @@ class CheckpointManager(Answers):
             monitor=self._monitor,
             storage_options=self._storage_options,
             background=self._background,
-            check=lambda loaded: resumption.check(loaded),
-            ranks=self._joined(),
+            check=self._resumption.check,
+            ranks=self._ranks,
             shards=ParameterNames({MODEL: self._trainer.lightning_module}).shards(),
             on_divergence=self._on_divergence,
         )
 
-    def _end(self, trainer: Any, outcome: Literal["finished", "failed", "preempted"], error: str | None) -> None:
+    def _join(self, trainer: Any) -> Ranks:
+        """Meet the other ranks, and agree on the run: its directory, and what to go on with, are what rank 0 says."""
+        if self._ranks is None:
+            refuse_strategy(trainer)
+            self._ranks = join_trainer(trainer, timeout_s=self._ranks_timeout_s)
+            self._settle_run_dir(trainer, fresh=True)
+            chosen: Any = [self._run_dir, self._resume, self._is_overridden]
+            told = self._ranks.loop.decide("choosing the run", lambda: chosen)
+            self._run_dir, self._resume, self._is_overridden = told
+        return self._ranks
+
+    def _part(self, error: BaseException | None) -> None:
+        ranks, self._ranks = self._ranks, None
+        if ranks is not None:
+            ranks.close(error)
+
+    def _end(
+        self,
+        trainer: Any,
+        outcome: Literal["finished", "failed", "preempted"],
+        error: str | None,
+        exception: BaseException | None = None,
+    ) -> None:
         saver, self._saver = self._saver, None
         resumption, self._resumption = self._resumption, None
         run = None
         if saver is not None:
             saver.close()
         if resumption is not None:
-            self._report = resumption.report
             resumption.uninstall()
             run = resumption.run
             if resumption.leads and self._hooks is not None:
                 self._hooks.uninstall()
-                if self._elastic is not None:
-                    self._elastic.uninstall()
         try:
             if run is not None:
                 self._past = run
                 run.close(outcome, step=trainer.global_step, error=error)
+                if self._ranks is not None and outcome != "failed":
+                    # Who starts the ranks takes the first one that is gone for a failure, and kills those that write.
+                    self._ranks.loop.together("the end of the run", lambda: None)
         finally:
-            self._part(sys.exception())
+            self._part(exception or sys.exception())
             # Last: a second signal must not end the process while the save that the first one asked for is written.
             if self._signal is not None:
                 self._signal.uninstall()

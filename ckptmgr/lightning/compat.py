@@ -47,6 +47,11 @@ _METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "loops.evaluation_loop:_EvaluationLoop": {"setup_data": ()},
     "loops.fetchers:_DataFetcher": {"__iter__": (), "__next__": ()},
     "utilities.combined_loader:CombinedLoader": {"_load_state_dicts": ("states",), "_state_dicts": ()},
+    "trainer.connectors.data_connector:_DataConnector": {
+        "_prepare_dataloader": ("dataloader", "shuffle", "mode"),
+        "_requires_distributed_sampler": ("dataloader",),
+    },
+    "trainer.connectors.signal_connector:_SignalConnector": {"_sigterm_notifier_fn": ("signum",)},
     "trainer.connectors.checkpoint_connector:_CheckpointConnector": {
         "resume_start": ("checkpoint_path",),
         "dump_checkpoint": ("weights_only",),

@@ -35,7 +35,8 @@ def begin_logs(trainer: Any, run_dir: str, resume: str, *, storage_options: Mapp
         resume: The manager's choice.
         storage_options: For the run.
     """
-    logs = Logs(trainer.loggers, run_dir)
+    # Loggers write on rank 0 alone.
+    logs = Logs(trainer.loggers if trainer.is_global_zero else [], run_dir)
     # A second `fit` goes on from what is in memory.
     if trainer.global_step == 0:
         logs.adopt(resume, storage_options=storage_options)

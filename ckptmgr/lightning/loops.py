@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from ckptmgr.lightning.batch_size import changed_batch_sizes
+from ckptmgr.lightning.elastic_loader import ElasticLoaders
 from ckptmgr.lightning.train_data import TrainData, capture_idle_loaders, restore_idle_loaders
 from ckptmgr.state.rng import restore_rng
 from ckptmgr.state.training_options import TrainingOptions
@@ -56,6 +57,9 @@ class BoundaryListener(Protocol):
     def is_told_to_stop(self) -> bool:
         """Say whether a signal to stop came in; Lightning's own reaction to it is then ours."""
 
+    def told_to_stop(self, signum: int) -> bool:
+        """Take note of a signal to stop that Lightning got; return whether that is all that is to happen now."""
+
 
 class LoopHooks:
     """Wraps the loops of one Trainer.
@@ -90,6 +94,7 @@ class LoopHooks:
         self._starts_here = False
         self._notify = notify
         self.data = TrainData(notify)
+        self._elastic = ElasticLoaders(trainer, notify)
         self.options: TrainingOptions | None = None
 
     def install(self) -> None:
@@ -113,6 +118,8 @@ class LoopHooks:
         }
         for name, wrapper in wrappers.items():
             self._patch(self._epoch, name, wrapper)
+        self._patch(self._trainer._data_connector, "_prepare_dataloader", self._elastic.prepare)
+        self._patch(self._trainer._signal_connector, "_sigterm_notifier_fn", self._note_sigterm)
 
     def uninstall(self) -> None:
         """Take the wrappers away. Idempotent."""
@@ -134,19 +141,13 @@ class LoopHooks:
         """
         self._pending, self._rng, self._on_resumed = position, rng, on_resumed
         data = position["data"]
+        self._elastic.go_on_with(data)
         self._is_inside = data is not None and not data["is_last"]
         if position["place"] == "epoch":
             # An epoch that a limit ended early goes on only if the limit was raised.
             is_reached = self._epoch.max_steps != -1 and step >= self._epoch.max_steps
             self._is_inside = self._is_inside and not is_reached and not position["should_stop"]
         self._is_restored = False
-
-    def elastic_state(self) -> Mapping[str, Any] | None:
-        """Return the saved state of the elastic sampler with which the train loader goes on; None if it has none."""
-        data = None if self._pending is None else self._pending["data"]
-        loaders = [] if data is None else data["loaders"]
-        state: Mapping[str, Any] | None = loaders[0].get("sampler") if len(loaders) == 1 else None
-        return state
 
     def finish(self) -> bool:
         """Say whether training ended before the loop went on at all: there was nothing left to train."""
@@ -194,6 +195,11 @@ class LoopHooks:
         return any(callback is self._listener for callback in self._trainer.callbacks)
 
     # The places, in the order in which a fit passes them.
+
+    def _note_sigterm(self, original: Callable[..., Any], signum: int, frame: Any) -> None:
+        # Lightning's own way calls a collective in the handler, and ends the ranks at different places.
+        if not self._listener.told_to_stop(signum):
+            original(signum, frame)
 
     def _setup_data(self, original: Callable[..., Any]) -> None:
         before = self._fit._combined_loader, self._fit._data_fetcher

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from ckptmgr.errors import CheckpointNotFoundError, UsageError
 from ckptmgr.launch.run_directory import absolute
 from ckptmgr.lightning.assemble import (
     DATA,
+    METRICS,
     MODEL,
     RNG,
     TRAINER,
@@ -53,9 +53,10 @@ class Resume:
         run_dir: The manager's run.
         resume: The manager's choice.
         open_run: Claims the run, given a choice.
+        ranks: The processes of the job.
         on_changed_options: What to do about options that differ from the checkpoint's.
         storage_options: For reading other runs.
-        ranks: The processes of the job.
+        is_overridden: ``ckptmgr resume`` says which run it is; what the script says does not count.
         selection: What to restore of a checkpoint that is named. What this run's own starts go on from by themselves is
             restored whole: a job that is requeued would lose the same parts again at each start.
 
@@ -74,11 +75,12 @@ class Resume:
         run_dir: str,
         resume: str,
         open_run: Callable[[str], TrainingRun],
+        ranks: Ranks,
         *,
         on_changed_options: OnChangedOptions,
         storage_options: Mapping[str, Any] | None,
+        is_overridden: bool = False,
         selection: Selection | None = None,
-        ranks: Ranks | None = None,
     ) -> None:
         self.leads = False
         self.report: SelectionReport | None = None
@@ -90,10 +92,11 @@ class Resume:
         self._run_dir = run_dir
         self._resume = resume
         self._open_run = open_run
+        self._ranks = ranks
         self._on_changed_options = on_changed_options
         self._storage_options = storage_options
+        self._is_overridden = is_overridden
         self._selection = selection
-        self._ranks = ranks or Ranks.alone()
         self._is_named = False
         self._logs: Logs | None = None
         self._hooks: LoopHooks | None = None
@@ -168,7 +171,7 @@ class Resume:
         return None if loaded is None else loaded.manifest.id
 
     def _choose(self, checkpoint_path: Any) -> Any:
-        if checkpoint_path is not None and os.environ.get(RUN_DIR_VARIABLE):
+        if checkpoint_path is not None and self._is_overridden:
             self._say(f"ckpt_path={str(checkpoint_path)!r} is ignored: {RUN_DIR_VARIABLE} says which run to resume")
             checkpoint_path = None
         explicit = checkpoint_path is not None
@@ -207,7 +210,7 @@ class Resume:
 
     def _select(self, loaded: LoadedCheckpoint) -> TrainerSelection | None:
         """Apply the selection, if there is one, to a checkpoint that somebody has named."""
-        if self._selection is None or not self._is_named or os.environ.get(RUN_DIR_VARIABLE):
+        if self._selection is None or not self._is_named or self._is_overridden:
             return None
         return TrainerSelection(self._selection, loaded, self._trainer.lightning_module)
 
@@ -242,7 +245,7 @@ class Resume:
         return self._open_run("auto" if is_current else "never")
 
     def _newest_step(self) -> int | None:
-        return self._ranks.loop.decide("looking for the newest step", self._look_for_newest_step)
+        return self._ranks.loop.decide("looking for the newest step of the run", self._look_for_newest_step)
 
     def _look_for_newest_step(self) -> int | None:
         catalog = Catalog(open_storage(self._run_dir, storage_options=self._storage_options))
@@ -262,7 +265,7 @@ class Resume:
         assert hooks is not None
         assert self.run is not None
         module = trainer.lightning_module
-        check_model(module, chosen.loaded)
+        self._check_together(chosen.loaded)
         self._weights_before = copied_tree(dict(module.state_dict()))
         checkpoint = assemble(chosen.loaded, module)
         module.on_load_checkpoint(checkpoint)
@@ -273,7 +276,10 @@ class Resume:
         def restore() -> None:
             vars(connector).pop("restore_training_state", None)
             hooks.options = options_of(trainer, self._on_changed_options)
-            self.report = restore_selected(trainer, chosen, hooks.options)
+            options = hooks.options
+            self.report = self._ranks.loop.together(
+                "restoring parts of optimizers", lambda: restore_selected(trainer, chosen, options)
+            )
             original()
 
         connector.restore_training_state = restore
@@ -288,30 +294,34 @@ class Resume:
         assert hooks is not None
         url = url_of(loaded.reference)
         tree = loaded.entries[TRAINER].tree if TRAINER in loaded.entries else {}
+        is_new_rank = self._ranks.rank >= loaded.manifest.topology.world_size
         if tree.get("weights_only") or not {DATA, RNG} <= loaded.entries.keys():
             raise UsageError(
                 f"{loaded.reference} cannot be resumed",
                 why=WEIGHTS_ONLY_REASON if tree.get("weights_only") else "it was not saved by a CheckpointManager",
                 next=f"start another run from its weights: Model.load_from_checkpoint({url!r})",
             )
-        check_model(trainer.lightning_module, loaded)
+        self._check_together(loaded)
         self._weights_before = copied_tree(dict(trainer.lightning_module.state_dict()))
         position = loaded.entries[DATA].tree
         if explicit and position["place"] == "epoch":
             # Named by hand, a run that was stopped early is meant to go on.
             position = {**position, "should_stop": False}
         self.validation_names = set(tree["validation_names"])
-        metrics = tree["metrics"]
+        metrics = loaded.entries[METRICS].tree if METRICS in loaded.entries else tree["metrics"]
         hooks.resume_at(
             position,
             loaded.entries[RNG].tree if chosen is None or chosen.restores_rng else capture_rng(),
             step=loaded.manifest.step,
-            on_resumed=lambda: restore_metrics(trainer, metrics),
+            on_resumed=lambda: restore_metrics(trainer, metrics, is_new_rank=is_new_rank),
         )
         connector = trainer._checkpoint_connector
 
         def restore() -> None:
             vars(connector).pop("restore_optimizers_and_schedulers", None)
+            self._ranks.loop.together("restoring optimizers and schedulers", restore_them)
+
+        def restore_them() -> None:
             hooks.options = options_of(trainer, self._on_changed_options)
             if chosen is None:
                 restore_optimizers_and_schedulers(trainer, loaded, hooks.options)
@@ -326,6 +336,10 @@ class Resume:
         step = loaded.manifest.step
         self._say(where_it_begins(loaded.run_dir, step, epoch=data["epoch"], nbatches=data["batches"]))
         return url
+
+    def _check_together(self, loaded: LoadedCheckpoint) -> None:
+        module = self._trainer.lightning_module
+        self._ranks.loop.together("comparing the checkpoint with the model", lambda: check_model(module, loaded))
 
     def _restore_sanity_check(self) -> None:
         if self._sanity_steps is not None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ckptmgr.boundary import BoundaryCopy
+from ckptmgr.joint_save import prove_state
 from ckptmgr.lightning.assemble import capture_entries
 from ckptmgr.lightning.loops import Boundary, LoopHooks
 from ckptmgr.lightning.trainer_metrics import fresh_metrics, validation_metrics
 from ckptmgr.policy.triggers import Moment, Trigger, known_everywhere, may_need_any_step
+from ckptmgr.ranks.group import Ranks
 from ckptmgr.ranks.steps import StepAgreement
-from ckptmgr.state.capture import CapturedEntry, dry_check
+from ckptmgr.state.capture import CapturedEntry
 from ckptmgr.state.rng import capture_rng
 from ckptmgr.training_run import TrainingRun
 
@@ -31,6 +34,7 @@ class Saver:
         trainer: The Trainer, when training starts.
         run: The run, its line accepted.
         hooks: Knows the position.
+        ranks: The processes of the job.
         trigger: When to save.
         weights_only: Save what inference needs.
         on_exception: Keep a copy of each step boundary, for a save after an exception.
@@ -49,6 +53,7 @@ class Saver:
         trainer: Any,
         run: TrainingRun,
         hooks: LoopHooks,
+        ranks: Ranks,
         *,
         trigger: Trigger,
         weights_only: bool,
@@ -61,12 +66,14 @@ class Saver:
         self.latest_metrics: dict[str, float] = {}
         self._trainer = trainer
         self._hooks = hooks
+        self._ranks = ranks
         self._trigger = trigger
         self._known = known_everywhere(trigger)
-        self._steps = StepAgreement(run.ranks.loop, talks_always=may_need_any_step(trigger))
+        self._steps = StepAgreement(ranks.loop, talks_always=may_need_any_step(trigger))
         self._weights_only = weights_only
         self._on_exception = on_exception
-        self._on_signal = on_signal
+        # Several ranks agree before each validation, and none of them is cut short.
+        self._on_signal = on_signal and ranks.world_size == 1
         # Where hooks see the optimizer's step, torch's own hook would come too early.
         is_manual = not trainer.lightning_module.automatic_optimization
         self._copy = _StepCopy(trainer.optimizers if is_manual else [])
@@ -88,8 +95,9 @@ class Saver:
 
         Raises:
             UnsupportedStateError: Something cannot. Names its path and type.
+            StateMismatchError: The ranks do not hold the same tensors.
         """
-        dry_check(self._capture(Boundary("step", is_epoch_end=False), capture_rng()))
+        prove_state(self._ranks, lambda: self._capture(Boundary("step", is_epoch_end=False), capture_rng()))
 
     def step_begins(self) -> None:
         """Note that parameters are about to change: until the step ends, nothing can be saved."""
@@ -108,43 +116,52 @@ class Saver:
             self._copy.keep([])
             self._copied_step = 0
 
-    def at_boundary(self, boundary: Boundary, rng: Mapping[str, Any], *, told_to_stop: bool) -> bool:
-        """Save if that is due.
+    def at_boundary(
+        self, boundary: Boundary, rng: Mapping[str, Any], *, told_to_stop: bool, is_agreed: bool = False
+    ) -> bool | None:
+        """Save if that is due. All ranks of the job decide alike.
+
+        Args:
+            boundary: The boundary.
+            rng: RNG state there.
+            told_to_stop: This process was told to stop.
+            is_agreed: All ranks know ``told_to_stop`` already, and it is the same on all of them.
 
         Returns:
-            Whether the state can be saved here, so that training may end here.
+            Whether training must stop here; None where nothing can be saved, so that it goes on.
         """
         step = self._trainer.global_step
         if self._trainer.fit_loop._should_accumulate():
-            return False
+            return None
         if boundary.place == "step":
             # Manual optimization may gather gradients over batches, and they are in no checkpoint.
             self._has_pending_gradients = step == self._step
         if self._has_pending_gradients and not (boundary.place == "epoch" and self._is_training_over()):
             # What is due at the end of the epoch is due with the step that uses them.
             self._is_epoch_end_postponed |= boundary.is_epoch_end
-            return False
+            return None
         self._step = step
         # At an epoch's very end Lightning counts the next one already.
         self._epoch = self._trainer.current_epoch - (boundary.place == "epoch")
-        metrics = self.latest_metrics = fresh_metrics(
+        metrics = fresh_metrics(
             self._trainer,
             is_epoch_done=boundary.place == "epoch",
             validation_names=self._validation_names,
             has_validated=self._validated_at == step,
         )
+        reason, must_stop, metrics = self._agree(boundary, metrics, told_to_stop, is_agreed=is_agreed)
+        self.latest_metrics = metrics
         self._logged |= metrics.keys()
-        reason = self._reason(boundary, metrics, told_to_stop=told_to_stop)
         is_copied = self._on_exception or (self._on_signal and boundary.is_validation_due)
         if reason is not None:
-            self._save(self._capture(boundary, rng), reason, metrics, wait=told_to_stop)
+            self._save(self._capture(boundary, rng), reason, metrics, wait=must_stop)
         elif is_copied and step != self._last_saved_step:
             self._keep_copy(boundary, rng)
         if reason is None and (boundary.place == "epoch" or (boundary.has_validated and not boundary.is_epoch_end)):
             self._annotate(metrics)
-        if boundary.place == "epoch":
+        if boundary.place == "epoch" and self._ranks.leads:
             self._warn_of_missing_monitor()
-        return True
+        return must_stop
 
     def save_last_step(self, exception: BaseException) -> None:
         """Save the last completed step after an exception, where that is asked for and possible."""
@@ -172,28 +189,63 @@ class Saver:
             return
         moment = Moment(step=self._copied_step, last_saved_step=self._copied_step, failed=failed, signalled=not failed)
         reason = self._trigger.reason_to_save(moment)
+        if reason is None:
+            return
         entries = self._copy.entries()
-        ranks = self.run.ranks
-        if ranks.world_size > 1 and reason is not None:
+        if failed and self._ranks.world_size > 1:
             # A rank that goes on training has other things to do than to answer.
-            ranks.hurry(_AFTER_EXCEPTION_S)
+            self._ranks.hurry(_AFTER_EXCEPTION_S)
             is_kept = entries is not None
-            if not ranks.loop.exchange(f"saving step {self._copied_step} after an exception", lambda: is_kept, all):
+            what = f"saving step {self._copied_step} after an exception"
+            if not self._ranks.loop.exchange(what, lambda: is_kept, all):
                 entries = None
-        if reason is not None and entries is None:
+        if entries is None:
             _log.warning("parameters were being changed: step %d is not saved", self._copied_step)
-        elif reason is not None and entries is not None:
+        else:
             self._step = self._copied_step
             self._save(entries, f"{reason}{detail}", {}, wait=True)
 
-    def _reason(self, boundary: Boundary, metrics: Mapping[str, float], *, told_to_stop: bool) -> str | None:
+    def _agree(
+        self, boundary: Boundary, metrics: dict[str, float], told_to_stop: bool, *, is_agreed: bool
+    ) -> tuple[str | None, bool, dict[str, float]]:
+        """Return why to save now, whether to stop, and the metrics: all as rank 0 has it."""
+
+        def decide(must_stop: bool) -> str | None:
+            return self._reason(boundary, self._trigger, metrics, told_to_stop=must_stop)
+
+        what = f"step {self._step}" + {"step": "", "validated": ", validated"}.get(boundary.place, ", the epoch's end")
+        must_stop = is_agreed and told_to_stop
+        if boundary.place == "step" and not (boundary.is_validation_due or boundary.is_epoch_end or must_stop):
+            reason, must_stop = self._steps.at_step(
+                what,
+                is_told_to_stop=told_to_stop,
+                decide=decide,
+                known=lambda: self._reason(boundary, self._known, metrics, told_to_stop=False),
+            )
+        else:
+
+            def answer(told: Sequence[bool]) -> tuple[str | None, bool, dict[str, float]]:
+                return decide(any(told)), any(told), metrics
+
+            reason, must_stop, metrics = self._ranks.loop.exchange(what, lambda: told_to_stop, answer)
+        if not self._is_put_off(boundary, must_stop):
+            self._is_epoch_end_postponed = False
+        return reason, must_stop, metrics
+
+    def _is_put_off(self, boundary: Boundary, told_to_stop: bool) -> bool:
         ends = boundary.place == "epoch" and self._is_training_over()
         if self._step == self._last_saved_step and not ends:
+            return True
+        # The end of the epoch follows at once: saved there, the checkpoint has the epoch's metrics.
+        return boundary.is_epoch_end and boundary.place != "epoch" and not (boundary.is_validation_due or told_to_stop)
+
+    def _reason(
+        self, boundary: Boundary, trigger: Trigger, metrics: Mapping[str, float], *, told_to_stop: bool
+    ) -> str | None:
+        ends = boundary.place == "epoch" and self._is_training_over()
+        if self._is_put_off(boundary, told_to_stop):
             return None
-        if boundary.is_epoch_end and boundary.place != "epoch" and not (boundary.is_validation_due or told_to_stop):
-            # The end of the epoch follows at once: saved there, the checkpoint has the epoch's metrics.
-            return None
-        postponed, self._is_epoch_end_postponed = self._is_epoch_end_postponed, False
+        postponed = self._is_epoch_end_postponed
         moment = Moment(
             step=self._step,
             epoch=self._trainer.current_epoch - (boundary.place == "epoch" or postponed),
@@ -206,19 +258,7 @@ class Saver:
         )
         if self._step == self._last_saved_step and not told_to_stop:
             return "end of training"
-
-        def decide(trigger: Trigger) -> str | None:
-            return trigger.reason_to_save(moment) or ("end of training" if ends else None)
-
-        what = f"whether to save step {self._step}"
-        if boundary.place != "step":
-            return self.run.ranks.loop.decide(f"{what} ({boundary.place})", lambda: decide(self._trigger))
-        return self._steps.at_step(
-            what,
-            is_told_to_stop=False,
-            decide=lambda _: decide(self._trigger),
-            known=lambda: decide(self._known),
-        )[0]
+        return trigger.reason_to_save(moment) or ("end of training" if ends else None)
 
     def _capture(self, boundary: Boundary, rng: Mapping[str, Any]) -> list[CapturedEntry]:
         return capture_entries(
@@ -228,6 +268,7 @@ class Saver:
             options=self._hooks.options.in_force if self._hooks.options else {},
             validation_names=self._validation_names,
             weights_only=self._weights_only,
+            is_alone=self._ranks.world_size == 1,
         )
 
     def _save(self, entries: list[CapturedEntry], reason: str, metrics: Mapping[str, float], *, wait: bool) -> None:
@@ -238,6 +279,7 @@ class Saver:
         self._last_saved_at = time.monotonic()
 
     def _annotate(self, metrics: Mapping[str, float]) -> None:
+        # On all ranks, whatever each of them has logged: what counts is what rank 0 has.
         if self._step == self._last_saved_step and self._last_saved is not None:
             self.run.annotate(self._last_saved, metrics=metrics)
 
@@ -274,11 +316,8 @@ def _with_live_parameters(module: Any, entries: list[CapturedEntry]) -> list[Cap
     return [
         entry
         if entry.handler != "module"
-        else CapturedEntry(
-            entry.name,
-            entry.handler,
-            entry.version,
-            {**entry.tree, "tensors": {name: live(tensor) for name, tensor in entry.tree["tensors"].items()}},
+        else replace(
+            entry, tree={**entry.tree, "tensors": {name: live(item) for name, item in entry.tree["tensors"].items()}}
         )
         for entry in entries
     ]

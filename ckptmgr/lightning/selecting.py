@@ -9,6 +9,7 @@ from typing import Any
 from ckptmgr.errors import StateMismatchError, UsageError
 from ckptmgr.lightning.assemble import (
     DATA,
+    METRICS,
     MODEL,
     RNG,
     TRAINER,
@@ -172,7 +173,8 @@ def _handler(name: str, value: Any) -> Any:
 
 def _entries_of(loaded: LoadedCheckpoint) -> dict[str, CapturedEntry]:
     """Return model, optimizers and schedulers as entries of their own."""
-    entries = {name: entry for name, entry in loaded.entries.items() if name not in _WORDS.values()}
+    others = (*_WORDS.values(), METRICS)
+    entries = {name: entry for name, entry in loaded.entries.items() if name not in others}
     states = loaded.entries[TRAINER].tree.get("lr_schedulers", ())
     for index, state in enumerate(states):
         name = numbered(_SCHEDULER, index, len(states))

@@ -16,7 +16,7 @@ from typing import Any
 from torch.utils.data import Subset
 
 from ckptmgr.errors import StateMismatchError
-from ckptmgr.lightning.batch_size import counted_anew
+from ckptmgr.lightning.batch_size import counted_anew, refuse_other_ranks
 from ckptmgr.state.batch_sizes import batches_passed, batches_to_pass
 from ckptmgr.state.elastic_position import sampler_state
 from ckptmgr.state.generators import capture_generators, restore_generators
@@ -126,6 +126,8 @@ class TrainData:
             StateMismatchError: The position is inside of an epoch, and batch k of these loaders is another one.
         """
         saved = position["loaders"]
+        if not position["is_last"]:
+            refuse_other_ranks(position, loaders)
         if len(saved) == len(loaders) == 1 and not position["is_last"]:
             position, message = counted_anew(position, loaders[0])
             saved = position["loaders"]

@@ -73,20 +73,28 @@ def capture_metrics(trainer: Any) -> dict[str, Any]:
     }
 
 
-def restore_metrics(trainer: Any, tree: Mapping[str, Any]) -> None:
-    """Put captured metrics back."""
+def restore_metrics(trainer: Any, tree: Mapping[str, Any], *, is_new_rank: bool = False) -> None:
+    """Put captured metrics back.
+
+    Args:
+        trainer: The Trainer.
+        tree: What `capture_metrics` returned.
+        is_new_rank: They are those of another rank. What that one has gathered so far is not gathered twice.
+    """
     connector = trainer._logger_connector
     device = trainer.strategy.root_device
     modules = dict(_metrics_of(trainer.lightning_module))
     for name, saved in tree["modules"].items():
-        if name in modules:
+        if name in modules and is_new_rank:
+            modules[name].reset()
+        elif name in modules:
             _restore_metric(modules[name], saved)
     for name in _STORES:
         values = {key: _on(device, value) for key, value in tree["stores"][name].items()}
         setattr(connector, name, values)
     results = trainer.fit_loop.epoch_loop._results
     for saved in tree["results"]:
-        _restore_result(trainer, results, saved, modules)
+        _restore_result(trainer, results, _emptied(saved) if is_new_rank else saved, modules)
     connector._first_loop_iter = tree["first_loop_iter"]
     connector._current_fx = tree["current_fx"]
 
@@ -109,6 +117,14 @@ def _capture_result(metric: Any) -> dict[str, Any]:
         if meta.is_mean_reduction:
             captured["cumulated_batch_size"] = metric.cumulated_batch_size
     return captured
+
+
+def _emptied(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a mean or a sum to which this rank has added nothing. A smallest or largest value stays what it is."""
+    names = [name for name in ("value", "cumulated_batch_size") if name in saved]
+    if saved["reduce_fx"] not in ("mean", "sum"):
+        return saved
+    return {**saved, **{name: torch.zeros_like(torch.as_tensor(saved[name])) for name in names}}
 
 
 def _restore_result(trainer: Any, results: Any, saved: Mapping[str, Any], modules: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from ckptmgr.errors import (
 )
 from ckptmgr.launch.run_directory import job_name
 from ckptmgr.lightning import CheckpointManager, compat
-from ckptmgr.lightning.strategies import refuse_unsupported
+from ckptmgr.lightning.strategies import refuse_strategy
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.storage.open import open_storage
 
@@ -353,10 +353,11 @@ def test_two_managers_of_one_run_are_refused_and_two_runs_are_not(tmp_path: Path
 
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
 def test_a_strategy_with_shards_of_its_own_form_is_refused_by_name(name: str) -> None:
-    strategy = type(name, (pl.strategies.SingleDeviceStrategy,), {})()
-    with pytest.raises(TopologyError, match=f"under {name}"):
-        refuse_unsupported(strategy)
-    refuse_unsupported(pl.strategies.SingleDeviceStrategy())
+    trainer = pl.Trainer(accelerator="cpu", logger=False)
+    refuse_strategy(trainer)
+    trainer.strategy.__class__ = type(name, (type(trainer.strategy),), {})
+    with pytest.raises(TopologyError, match=f"cannot save a {name}"):
+        refuse_strategy(trainer)
 
 
 def test_it_is_the_trainers_own_checkpoint_callback_in_both_packages(tmp_path: Path) -> None:

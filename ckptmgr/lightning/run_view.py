@@ -1,4 +1,4 @@
-"""What users and Lightning ask a manager for: paths and scores, under the names that ModelCheckpoint gives them."""
+"""What users and Lightning ask a manager for: the run directory, paths, scores, what has changed."""
 
 from __future__ import annotations
 
@@ -13,26 +13,24 @@ from ckptmgr.launch.run_directory import default_run_dir, job_name
 from ckptmgr.lightning.filesystem import url_of
 from ckptmgr.lightning.loops import LoopHooks
 from ckptmgr.lightning.saving import Saver
-from ckptmgr.ranks.group import Ranks
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.state.changed_options import OptionChange
 from ckptmgr.state.selection import SelectionReport
 from ckptmgr.storage.open import open_storage
 from ckptmgr.training_run import Monitor, TrainingRun
 
-__all__ = ["Answers"]
+__all__ = ["RunView"]
 
 
-class Answers:
-    """The part of a manager that answers, and decides nothing but where a bare manager's run is."""
+class RunView:
+    """The part of `CheckpointManager` that answers questions. Knows the run directory, and the run while it is open."""
 
     _run_dir: str | None
     _monitor: Monitor | None
     _storage_options: Mapping[str, Any] | None
-    _past: TrainingRun | None
-    _saver: Saver | None
     _hooks: LoopHooks | None
-    _ranks: Ranks | None
+    _saver: Saver | None
+    _past: TrainingRun | None
     _report: SelectionReport | None
     monitor: str | None
 
@@ -100,6 +98,11 @@ class Answers:
         return [] if self._hooks is None or self._hooks.options is None else self._hooks.options.applied
 
     @property
+    def report(self) -> SelectionReport | None:
+        """What ``fit`` did not restore of the checkpoint, by the ``selection``; None where there was no selection."""
+        return self._report
+
+    @property
     def state_key(self) -> str:
         """Unique among all callbacks: two managers of one run are refused with a message of ours."""
         return f"CheckpointManager({self._run_dir!r}, {id(self)})"
@@ -116,17 +119,18 @@ class Answers:
             self._settle_run_dir(trainer, fresh=False)
         return {self.last_model_path} - {""}
 
-    @property
-    def selection_report(self) -> SelectionReport | None:
-        """What ``selection=`` has left out of the last restore; None where nothing was selected."""
-        return self._report
+    def wait(self) -> None:
+        """Wait until the last save is durable.
+
+        Raises:
+            SaveFailedError, Fenced: It failed.
+        """
+        if self._saver is not None:
+            self._saver.run.wait()
 
     def _settle_run_dir(self, trainer: Any, *, fresh: bool) -> None:
         if self._run_dir is None and (fresh or job_name(os.environ) is not None):
-            root = os.fspath(trainer.default_root_dir)
-            ranks = self._ranks or Ranks.alone()
-            # A fresh name has the time in it, and chance.
-            self._run_dir = ranks.loop.decide("choosing the run directory", lambda: default_run_dir(root))
+            self._run_dir = default_run_dir(os.fspath(trainer.default_root_dir))
 
     def _known_run(self) -> TrainingRun | None:
         return self._past if self._saver is None else self._saver.run
