@@ -112,7 +112,7 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted", _INTERRUPTED)
     except CkptmgrError as error:
-        return _fail(error.report(), error.exit_code)
+        return _fail(_told_by_rank(error), error.exit_code)
     except click.ClickException as error:
         return _fail(_from_click(error).report(), error.exit_code)
     except Exception as error:
@@ -128,6 +128,16 @@ def _fail(message: str, status: int) -> int:
     except BrokenPipeError:
         _abandon_stdout()
     return status
+
+
+def _told_by_rank(error: CkptmgrError) -> str:
+    from ckptmgr.launch.torchrun import place_in_job
+
+    place = place_in_job(os.environ)
+    if place is None or place.rank == 0:
+        return error.report()
+    # Mostly rank 0 says the same in full; if not, this must not be lost.
+    return f"rank {place.rank}: {error.what}" + (f": {error.why}" if error.why else "")
 
 
 def _without_secrets(message: str) -> str:

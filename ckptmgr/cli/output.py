@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ckptmgr.cli.printable import printable
+from ckptmgr.launch.torchrun import place_in_job
 from ckptmgr.progress import is_quiet
 from ckptmgr.words import format_nbytes
 
@@ -24,6 +26,7 @@ __all__ = [
     "format_metrics",
     "format_nbytes",
     "format_time",
+    "is_other_rank",
     "note",
     "print_json",
     "print_pairs",
@@ -94,9 +97,15 @@ def print_pairs(pairs: Mapping[str, str]) -> None:
     _console().print(table)
 
 
+def is_other_rank() -> bool:
+    """Return whether this process is one of several, and not the one that tells how things go: rank 0."""
+    place = place_in_job(os.environ)
+    return place is not None and place.rank > 0
+
+
 def note(text: str) -> None:
-    """Print a remark on stderr, unless it is to be quiet."""
-    if not is_quiet():
+    """Print a remark on stderr, unless it is to be quiet. Of several ranks, rank 0 tells it."""
+    if not is_quiet() and not is_other_rank():
         print(printable(text), file=sys.stderr, flush=True)
 
 
@@ -108,7 +117,7 @@ def show_log() -> None:
     logger = logging.getLogger("ckptmgr")
     if not any(isinstance(handler, _LogHandler) for handler in logger.handlers):
         logger.addHandler(_LogHandler())
-    logger.setLevel(logging.ERROR if is_quiet() else logging.INFO)
+    logger.setLevel(logging.ERROR if is_quiet() else logging.WARNING if is_other_rank() else logging.INFO)
 
 
 class _LogHandler(logging.Handler):

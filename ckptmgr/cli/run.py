@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,15 @@ import click
 
 from ckptmgr.cli.arguments import json_option, quiet_option
 from ckptmgr.cli.complete import complete_directory, complete_file
+from ckptmgr.cli.nproc import (
+    allow_words,
+    nproc_option,
+    output_words,
+    place_of_this_process,
+    ranks_command,
+    run_ranks,
+    trainer_values,
+)
 from ckptmgr.errors import UsageError
 from ckptmgr.format.layout import RUN_MARKER
 
@@ -33,6 +43,7 @@ __all__ = ["command"]
     help="The same as run_dir=RUN_DIR; by default runs/NAME-TIME-XXXX.",
 )
 @click.option("--allow", multiple=True, metavar="PATTERN", help="Allow targets, such as my_pkg.*; may be repeated.")
+@nproc_option("Train on N processes of this machine, started by torchrun.")
 @quiet_option()
 @json_option()
 def command(
@@ -43,6 +54,7 @@ def command(
     name: str | None,
     run_dir: str | None,
     allow: Sequence[str],
+    nproc: int | None,
     as_json: bool,
 ) -> None:
     """Build the experiment that CONFIG describes, and train it.
@@ -58,26 +70,39 @@ def command(
     from ckptmgr.experiment.plan import apply_to_slots, make_plan
     from ckptmgr.experiment.start import choose_run_dir
     from ckptmgr.instantiate.allow_list import AllowList
+    from ckptmgr.launch.relaunch import RUN_DIR_VARIABLE
     from ckptmgr.launch.requested import requested_run
+    from ckptmgr.launch.run_directory import absolute
 
     _refuse_run_directory(config)
+    is_rank = place_of_this_process(nproc) is not None
     options = {"seed": seed, "name": name, "run_dir": run_dir}
     given = {key: value for key, value in options.items() if value is not None}
     composition = compose(config)
     for remark in composition.notes:
         note(remark)
     enter_project(Path.cwd())
-    plan = make_plan(
-        apply_to_slots(composition.config, overrides, given),
-        where=config,
-        allow=AllowList.gather(cwd=Path.cwd(), extra=allow),
-    )
+    allowed = AllowList.gather(cwd=Path.cwd(), extra=allow)
+    plan = make_plan(apply_to_slots(composition.config, overrides, given), where=config, allow=allowed)
+    if values := trainer_values(plan, nproc):
+        note(f"--nproc: {', '.join(f'{key}={value}' for key, value in values.items())}")
+        plan = make_plan(
+            apply_to_slots(composition.config, overrides, {**given, **values}), where=config, allow=allowed
+        )
     if dry_run:
         note(f"run directory: {plan.tree['run_dir'] or 'a fresh one below runs/'}")
-        print_plan(plan, composition.files, as_json=as_json)
+        print_plan(plan, composition.files, nproc=nproc, as_json=as_json)
         return
+    if is_rank:
+        _refuse_a_place_for_each_rank(plan, config)
     place, resume = requested_run(choose_run_dir(plan, source=config), "auto")
     assert place is not None
+    if nproc is not None and nproc > 1 and not is_rank:
+        words = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+        words += [*allow_words(allow), *output_words(as_json=as_json)]
+        chosen = absolute(place) if resume == "auto" else f"{absolute(place)}@{resume}"
+        # The ranks cannot each choose a fresh directory.
+        run_ranks(ranks_command(nproc, ["run", config, *overrides, *words], {RUN_DIR_VARIABLE: chosen}), run_dir=place)
     train_and_report(
         plan,
         run_dir=place,
@@ -92,6 +117,19 @@ def command(
 def _refuse_run_directory(config: str) -> None:
     if (Path(config) / RUN_MARKER).is_file():
         raise UsageError(f"{config} is a run, not a configuration", next=f"ckptmgr resume {config} goes on with it")
+
+
+def _refuse_a_place_for_each_rank(plan: Plan, config: str) -> None:
+    from ckptmgr.launch.relaunch import RUN_DIR_VARIABLE
+    from ckptmgr.launch.run_directory import job_name
+
+    # The job's name makes the same directory on each rank.
+    if plan.tree["run_dir"] is None and RUN_DIR_VARIABLE not in os.environ and job_name(os.environ) is None:
+        raise UsageError(
+            f"several ranks of {config}, and no run directory",
+            why="each of them would choose a fresh one",
+            next=f"ckptmgr run {config} --nproc N starts N ranks; or give --run-dir",
+        )
 
 
 def _changes_in(run_dir: str, plan: Plan) -> list[Change]:

@@ -14,6 +14,7 @@ import click
 
 from ckptmgr.cli.output import note, print_json
 from ckptmgr.errors import CkptmgrError
+from ckptmgr.progress import set_quiet
 
 if TYPE_CHECKING:
     from ckptmgr.config.changes import Change
@@ -35,12 +36,13 @@ def enter_project(cwd: Path) -> None:
             sys.path.insert(0, str(folder))
 
 
-def print_plan(plan: Plan, files: Sequence[str], *, as_json: bool) -> None:
+def print_plan(plan: Plan, files: Sequence[str], *, nproc: int | None, as_json: bool) -> None:
     """Print a configuration and what would be built from it. Everything that it names is imported, nothing is built.
 
     Args:
         plan: The experiment.
         files: Those that it was composed from.
+        nproc: On how many processes it would be trained; None: on this one.
         as_json: One JSON document instead of one YAML document.
 
     Raises:
@@ -48,7 +50,9 @@ def print_plan(plan: Plan, files: Sequence[str], *, as_json: bool) -> None:
     """
     from ckptmgr.experiment.start import check
 
-    check(plan)
+    check(plan, nproc=nproc)
+    if nproc is not None and nproc > 1:
+        note(f"on {nproc} processes of this machine")
     targets = [(target.key, target.name, plan.allow.source_of(target.name)) for target in plan.targets]
     if as_json:
         print_json(
@@ -84,10 +88,13 @@ def train_and_report(
         CkptmgrError: The experiment cannot be built, or not be resumed.
         Preempted: The process was told to stop; the state is saved.
     """
-    from ckptmgr.cli.output import show_log
+    from ckptmgr.cli.output import is_other_rank, show_log
     from ckptmgr.experiment.start import train
 
     show_log()
+    if is_other_rank():
+        # What Lightning and progress would tell, rank 0 tells.
+        set_quiet(True)
     note(f"run directory: {run_dir}")
     for change in changes:
         note(f"changed since the last start: {change}")
@@ -109,7 +116,8 @@ def train_and_report(
         # It is the user's program that failed, so the user needs to see where.
         traceback.print_exception(error.with_traceback(_of_the_program(error.__traceback__)))
         raise click.exceptions.Exit(1) from error
-    _report(run_dir, as_json=as_json)
+    if not is_other_rank():
+        _report(run_dir, as_json=as_json)
 
 
 def _of_the_program(trace: TracebackType | None) -> TracebackType | None:

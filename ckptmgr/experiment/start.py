@@ -18,13 +18,17 @@ from ckptmgr.run.reference import Reference
 __all__ = ["check", "choose_run_dir", "train"]
 
 
-def check(plan: Plan) -> None:
+def check(plan: Plan, *, nproc: int | None = None) -> None:
     """Import everything that an experiment names and check that it can be built. Nothing is built.
+
+    Args:
+        plan: The experiment.
+        nproc: By how many ranks it would be trained; None: by those of this job.
 
     Raises:
         ConfigError, NotAllowedError: Something cannot be built. Names the key.
     """
-    _kind_module(plan).check(plan)
+    _kind_module(plan).check(plan, nproc=nproc)
 
 
 def choose_run_dir(plan: Plan, *, source: str) -> str:

@@ -11,6 +11,7 @@ from ckptmgr.errors import CkptmgrError, CorruptCheckpointError
 from ckptmgr.format.layout import attempt_key
 from ckptmgr.launch.experiment import ExperimentRecord, document_digest
 from ckptmgr.launch.start_record import StartRecord
+from ckptmgr.launch.torchrun import place_in_job
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.lineage import read_attempt_record
 
@@ -27,10 +28,14 @@ class StoredExperiment:
     Attributes:
         config: Parsed, unresolved.
         project_root: The project that the user was in then.
+        world_size: How many ranks trained.
+        local_world_size: How many of them on the machine of rank 0.
     """
 
     config: DictConfig
     project_root: str
+    world_size: int = 1
+    local_world_size: int = 1
 
 
 def read_experiment(catalog: Catalog, *, attempt: int | None = None) -> StoredExperiment | None:
@@ -49,7 +54,7 @@ def read_experiment(catalog: Catalog, *, attempt: int | None = None) -> StoredEx
         start = _start(catalog, number)
         if start is None:
             continue
-        return None if start.experiment is None else _read(catalog, number, start.experiment, start.project_root)
+        return None if start.experiment is None else _read(catalog, number, start.experiment, start)
     return None
 
 
@@ -74,7 +79,7 @@ def _start(catalog: Catalog, attempt: int) -> StartRecord | None:
         return None
 
 
-def _read(catalog: Catalog, attempt: int, record: ExperimentRecord, project_root: str) -> StoredExperiment:
+def _read(catalog: Catalog, attempt: int, record: ExperimentRecord, start: StartRecord) -> StoredExperiment:
     key = attempt_key(attempt, "config")
     try:
         data = catalog.storage.read(key)
@@ -83,9 +88,13 @@ def _read(catalog: Catalog, attempt: int, record: ExperimentRecord, project_root
     if document_digest(data) != record.config_digest:
         raise _damaged(catalog, key, "its text does not match its digest")
     try:
-        return StoredExperiment(parse_config(data, where=key), project_root)
+        config = parse_config(data, where=key)
     except CkptmgrError as error:
         raise _damaged(catalog, key, error.why or error.what) from error
+    place = place_in_job(start.topology)
+    if place is None:
+        return StoredExperiment(config, start.project_root)
+    return StoredExperiment(config, start.project_root, place.world_size, place.local_world_size)
 
 
 def _damaged(catalog: Catalog, key: str, why: str) -> CorruptCheckpointError:

@@ -12,6 +12,7 @@ from ckptmgr.checkpointer import Checkpointer
 from ckptmgr.experiment.construct import Construction, Part, optimizer_parts
 from ckptmgr.experiment.forking import fork_if_it_fits
 from ckptmgr.experiment.plan import Plan
+from ckptmgr.experiment.process_group import process_group
 from ckptmgr.experiment.slots import slot_error
 from ckptmgr.loop_state import check_loop
 from ckptmgr.run.reference import Reference
@@ -21,8 +22,12 @@ __all__ = ["check", "train"]
 _SAVED = ("model", "optimizer", "scheduler")
 
 
-def check(plan: Plan) -> None:
+def check(plan: Plan, *, nproc: int | None = None) -> None:
     """Import everything that a plan names and check that it can be built. Nothing is, but what saves.
+
+    Args:
+        plan: A plan of kind ``plain``.
+        nproc: By how many ranks it would be trained: as many as there are.
 
     Raises:
         ConfigError, NotAllowedError: Something cannot be built.
@@ -39,6 +44,10 @@ def train(plan: Plan, *, run_dir: str, resume: str, fork_from: Reference | None 
     ``optimizer``, ``scheduler``, ``data``, ``train_loader``, ``val_loader``, and those of ``state``. It calls
     ``checkpointer.resume()`` itself, and need not close anything.
 
+    Of several ranks each calls the loop, with a process group in place. The loop wraps its model itself, as in
+    ``DistributedDataParallel(model)``; a model of shards (``fully_shard``) is made by a factory in the slot ``model``,
+    since the optimizer is built from its parameters.
+
     Args:
         plan: A plan of kind ``plain``.
         run_dir: Where the run lies.
@@ -50,6 +59,13 @@ def train(plan: Plan, *, run_dir: str, resume: str, fork_from: Reference | None 
         StateMismatchError: The checkpoint does not fit what was built. Nothing was claimed.
     """
     making = Construction(plan, _parts(plan))
+    with process_group():
+        _build_and_loop(plan, making, run_dir=run_dir, resume=resume, fork_from=fork_from)
+
+
+def _build_and_loop(
+    plan: Plan, making: Construction, *, run_dir: str, resume: str, fork_from: Reference | None
+) -> None:
     _seed(plan.tree["seed"])
     given: dict[str, Any] = {"model": making.one("model"), "data": making.one("data")}
     given |= {f"{name}_loader": loader for name, loader in making.several("loaders").items()}

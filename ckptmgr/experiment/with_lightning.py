@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from ckptmgr.experiment.links import refuse_links_out
 from ckptmgr.experiment.plan import Plan
 from ckptmgr.experiment.slots import slot_error
 from ckptmgr.launch.run_directory import absolute
+from ckptmgr.launch.torchrun import place_in_job
 from ckptmgr.lightning.assemble import check_model
 from ckptmgr.lightning.callback import CheckpointManager
 from ckptmgr.progress import is_quiet
@@ -24,18 +26,24 @@ from ckptmgr.run.reference import Reference
 
 __all__ = ["check", "train"]
 
+_log = logging.getLogger("ckptmgr")
+
 _TREES = ("lightning.pytorch", "pytorch_lightning")
 _SCHEDULE_KEYS = ("_interval_", "_frequency_", "_monitor_")
 
 
-def check(plan: Plan) -> None:
+def check(plan: Plan, *, nproc: int | None = None) -> None:
     """Import everything that a plan names and check that it can be built. Nothing is, but what saves.
+
+    Args:
+        plan: A plan of kind ``lightning``.
+        nproc: By how many ranks it would be trained; None: by those of this job.
 
     Raises:
         ConfigError, NotAllowedError: Something cannot be built.
     """
     module = importlib.import_module(_tree_of(plan))
-    making = Construction(plan, _parts(plan, module, root="."))
+    making = Construction(plan, _parts(plan, module, root=".", world_size=nproc or _world_size()))
     # Made for its own checks: it takes any name, and looks at values itself. It opens nothing.
     making.one("checkpoint", run_dir="unused", resume="never", on_changed_options="apply")
 
@@ -55,7 +63,11 @@ def train(plan: Plan, *, run_dir: str, resume: str, fork_from: Reference | None 
         ResumeRefusedError: A link in the run directory leads out of it. Nothing was built.
     """
     module = importlib.import_module(_tree_of(plan))
-    making = Construction(plan, _parts(plan, module, root=absolute(run_dir)))
+    world_size = _world_size()
+    making = Construction(plan, _parts(plan, module, root=absolute(run_dir), world_size=world_size))
+    if for_ranks := _for_ranks(plan.tree["trainer"], world_size):
+        given = ", ".join(f"trainer.{key}={value}" for key, value in for_ranks.items())
+        _log.info("%s, for the %d ranks of this job", given, world_size)
     refuse_links_out(absolute(run_dir))
     if plan.tree["seed"] is not None:
         module.seed_everything(plan.tree["seed"], workers=True, verbose=False)
@@ -66,9 +78,9 @@ def train(plan: Plan, *, run_dir: str, resume: str, fork_from: Reference | None 
         model.configure_optimizers = lambda: _optimizers(plan, making, model)
     manager = making.one("checkpoint", run_dir=run_dir, resume=resume, on_changed_options="apply")
     callbacks, loggers = making.several("callbacks"), making.several("loggers")
-    given = {} if plan.tree["loggers"] is None else {"logger": list(loggers.values())}
+    logger = {} if plan.tree["loggers"] is None else {"logger": list(loggers.values())}
     with _as_quiet_as_we_are(module.__name__):
-        trainer = making.one("trainer", callbacks=[*callbacks.values(), manager], **given)
+        trainer = making.one("trainer", callbacks=[*callbacks.values(), manager], **logger)
         if fork_from is not None:
             fork_if_it_fits(fork_from, run_dir, check=lambda loaded: check_model(model, loaded))
         trainer.fit(model, loaders.get("train"), loaders.get("val"), datamodule=data)
@@ -87,14 +99,14 @@ def _as_quiet_as_we_are(logger: str) -> Iterator[None]:
         lightning.setLevel(level)
 
 
-def _parts(plan: Plan, module: Any, *, root: str) -> list[Part]:
+def _parts(plan: Plan, module: Any, *, root: str, world_size: int) -> list[Part]:
     name, tree = module.__name__, plan.tree
     _check_that_there_are_data(plan, module)
-    _refuse_several_ranks(tree["trainer"])
+    for_ranks = _for_ranks(tree["trainer"], world_size)
     scheduler = tree["scheduler"]
     if scheduler is not None:
         scheduler = {key: value for key, value in scheduler.items() if key not in _SCHEDULE_KEYS}
-    trainer = {"_target_": f"{name}.Trainer", "default_root_dir": root, **tree["trainer"]}
+    trainer = {"_target_": f"{name}.Trainer", "default_root_dir": root, **tree["trainer"], **for_ranks}
     for argument, slot in (("callbacks", "callbacks"), ("logger", "loggers")):
         if isinstance(trainer.get(argument), list | Mapping):
             raise slot_error(f"trainer.{argument}", f"the slot for it is {slot!r}", f"move it there: {slot}: …")
@@ -142,17 +154,35 @@ def _refuse_second_manager(plan: Plan) -> None:
             )
 
 
-def _refuse_several_ranks(trainer: Mapping[str, Any]) -> None:
-    # The manager would refuse as well, but only in each of the processes that Lightning has started by then.
-    for key in ("devices", "num_nodes"):
-        value = trainer.get(key)
-        count = len(value) if isinstance(value, list) else value
-        if isinstance(count, int) and count > 1:
-            raise slot_error(
-                f"trainer.{key}",
-                f"it asks for {count}, and checkpoints of several ranks cannot be saved yet",
-                f"trainer.{key}=1",
-            )
+def _for_ranks(trainer: Mapping[str, Any], world_size: int) -> dict[str, Any]:
+    """Return what the Trainer's arguments leave open, for the ranks that torchrun has started.
+
+    Raises:
+        ConfigError: They ask for another number of ranks. Lightning would start processes of its own, or wait for some.
+    """
+    nodes, devices = trainer.get("num_nodes", 1), trainer.get("devices", "auto")
+    nodes = nodes if isinstance(nodes, int) else 1
+    count = len(devices) if isinstance(devices, list) else devices
+    if nodes > 1 and world_size % nodes:
+        next = f"start torchrun on {nodes} machines, or trainer.num_nodes=1"
+        raise slot_error("trainer.num_nodes", f"it asks for {nodes}, and this job is {_ranks(world_size)}", next)
+    if isinstance(count, int) and count > 0 and count * nodes != world_size:
+        raise slot_error(
+            "trainer.devices",
+            f"it asks for {count}, and this job is {_ranks(world_size)}",
+            f"--nproc {count} starts as many on this machine; or trainer.devices={world_size // nodes}",
+        )
+    open_ones = {"devices": world_size // nodes, "strategy": "ddp"} if world_size > 1 else {}
+    return {key: value for key, value in open_ones.items() if trainer.get(key, "auto") == "auto"}
+
+
+def _world_size() -> int:
+    place = place_in_job(os.environ)
+    return 1 if place is None else place.world_size
+
+
+def _ranks(world_size: int) -> str:
+    return "one process" if world_size == 1 else f"{world_size} ranks"
 
 
 def _check_that_there_are_data(plan: Plan, module: Any) -> None:

@@ -25,6 +25,7 @@ from typing import NoReturn
 from ckptmgr.errors import ResumeRefusedError
 from ckptmgr.launch.project import find_project_root, why_not_own_code
 from ckptmgr.launch.start_record import StartRecord
+from ckptmgr.launch.torchrun import torchrun_words, why_not_on_this_machine, why_not_repeated
 
 __all__ = ["RUN_DIR_VARIABLE", "Relaunch", "relaunch_command", "shell_line", "start"]
 
@@ -38,23 +39,6 @@ _SAFE_FLAG = re.compile(
     r"|-W(?:default|error|always|module|once|ignore|d|e|a|m|o|i)(?::[\w .,()-]*(?::[A-Za-z]*)?)?",
     re.ASCII,
 )
-# Rendezvous state is unpickled, so a record must not say with whom to meet: this machine only.
-_HERE = r"(?:localhost|127\.0\.0\.1)(?::\d{1,5})?"
-_SAFE_TORCHRUN = {
-    "standalone": "",
-    "nproc-per-node": r"\d{1,4}|auto|cpu|gpu|xpu",
-    "nnodes": r"1(?::1)?",
-    "node-rank": "0",
-    "max-restarts": r"\d{1,4}",
-    "monitor-interval": r"\d+(?:\.\d*)?",
-    "start-method": "spawn|fork|forkserver",
-    "rdzv-backend": "c10d|static",
-    "rdzv-endpoint": _HERE,
-    "rdzv-id": r"[\w.-]+",
-    "master-addr": _HERE,
-    "master-port": r"\d{1,5}",
-    "role": r"[\w-]+",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +50,14 @@ class Relaunch:
         cwd: Where to run it.
         env: What to add to the present environment.
         notes: What differs from the recorded start, for the user to read.
+        has_launcher: It is torchrun that is started, and it starts the program.
     """
 
     argv: tuple[str, ...]
     cwd: Path
     env: dict[str, str]
     notes: tuple[str, ...] = ()
+    has_launcher: bool = False
 
     @property
     def shell_line(self) -> str:
@@ -80,7 +66,13 @@ class Relaunch:
 
 
 def relaunch_command(
-    record: StartRecord, *, run_dir: str, cwd: Path, selector: str = "latest", allow_command: bool = False
+    record: StartRecord,
+    *,
+    run_dir: str,
+    cwd: Path,
+    selector: str = "latest",
+    nproc: int | None = None,
+    allow_command: bool = False,
 ) -> Relaunch:
     """Return the command that goes on with a run.
 
@@ -89,6 +81,7 @@ def relaunch_command(
         run_dir: The run as the user named it; a local path may be relative to ``cwd``.
         cwd: Where the user is: it decides what the current project is.
         selector: The checkpoint to go on from.
+        nproc: On how many processes of this machine; None: as it was started.
         allow_command: The user has read the recorded command and wants it, wherever its program lies.
 
     Raises:
@@ -96,14 +89,17 @@ def relaunch_command(
     """
     location = run_dir if "://" in run_dir else str((cwd / Path(run_dir).expanduser()).resolve())
     env = {RUN_DIR_VARIABLE: location if selector == "latest" else f"{location}@{selector}"}
-    _refuse_incomplete(record, env)
+    _refuse_incomplete(record, env, nproc)
+    if nproc is not None:
+        _refuse_several_machines(record, env)
     root = find_project_root(cwd)
     try:
         workdir, notes = _working_directory(record, root, allow_command=allow_command)
-        command = _program(record, root, workdir, allow_command=allow_command)
+        launcher, left_out = _launcher(record, nproc, allow_command=allow_command)
+        command = (*launcher, *_program(record, root, workdir, allow_command=allow_command))
         if any("\0" in word for word in command):
             raise _NotAllowed("a word of the command holds a NUL character")
-        flags, dropped = _interpreter_flags(record, allow_command=allow_command)
+        flags, dropped = _interpreter_flags(record, has_launcher=bool(launcher), allow_command=allow_command)
     except _NotAllowed as error:
         raise ResumeRefusedError(
             f"the recorded start of {run_dir} is not repeated without being asked",
@@ -112,7 +108,8 @@ def relaunch_command(
             if not allow_command
             else "start it by hand: " + shell_line(record.argv, env),
         ) from error
-    return Relaunch((sys.executable, *flags, *command), workdir, env, (*notes, *dropped))
+    notes += [*left_out, *dropped]
+    return Relaunch((sys.executable, *flags, *command), workdir, env, tuple(notes), has_launcher=bool(launcher))
 
 
 def start(relaunch: Relaunch) -> NoReturn:
@@ -136,7 +133,7 @@ class _NotAllowed(Exception):
     """Why a recorded command is not repeated as it is."""
 
 
-def _refuse_incomplete(record: StartRecord, env: Mapping[str, str]) -> None:
+def _refuse_incomplete(record: StartRecord, env: Mapping[str, str], nproc: int | None) -> None:
     run_dir = env[RUN_DIR_VARIABLE]
     if record.kind in ("command", "stdin", "interactive", "notebook") or record.target is None:
         source = {
@@ -158,13 +155,36 @@ def _refuse_incomplete(record: StartRecord, env: Mapping[str, str]) -> None:
             why="they held secrets, or bytes that are no text, and were taken out",
             next=f"fill them in and run: {shell_line(record.argv, env)}",
         )
-    if record.launcher is None and "TORCHELASTIC_RUN_ID" in record.topology:
+    if nproc is None and record.launcher is None and "TORCHELASTIC_RUN_ID" in record.topology:
         raise ResumeRefusedError(
             f"{run_dir} was started by a launcher that was not recognised",
             why=f"it ran {record.topology.get('WORLD_SIZE', 'several')} ranks; one process would not be the same job",
             next=f"start it as before, with {shell_line([], env)} in its environment; each rank ran:"
-            f" {shell_line(record.argv)}",
+            f" {shell_line(record.argv)}; --nproc N starts N processes of this machine instead",
         )
+
+
+def _refuse_several_machines(record: StartRecord, env: Mapping[str, str]) -> None:
+    reason = why_not_on_this_machine(record.launcher or ())
+    if reason is not None:
+        raise ResumeRefusedError(
+            f"{env[RUN_DIR_VARIABLE]} was started on several machines, and --nproc is about this one",
+            why=reason,
+            next=f"start it on each machine as before: {shell_line(record.argv, env)}",
+        )
+
+
+def _launcher(record: StartRecord, nproc: int | None, *, allow_command: bool) -> tuple[tuple[str, ...], list[str]]:
+    if nproc == 1 or (nproc is None and record.launcher is None):
+        return (), []
+    if nproc is not None:
+        words, left_out = torchrun_words(nproc, record.launcher or ())
+        return words, [f"left out torchrun's options: {shell_line(left_out)}"] if left_out else []
+    recorded = record.launcher or ()
+    unsafe = None if allow_command else why_not_repeated(recorded)
+    if unsafe is not None:
+        raise _NotAllowed(f"torchrun's option {_quote(unsafe)} is not one that is repeated without being asked")
+    return ("-m", "torch.distributed.run", *recorded), []
 
 
 def _working_directory(record: StartRecord, root: Path, *, allow_command: bool) -> tuple[Path, list[str]]:
@@ -189,11 +209,7 @@ def _program(record: StartRecord, root: Path, workdir: Path, *, allow_command: b
         target = _console_script(target, root, allow_command=allow_command)
     else:
         target = _script(record, root, workdir, allow_command=allow_command)
-    if record.launcher is None:
-        return (*module, target, *record.args)
-    if not allow_command:
-        _check_torchrun_options(record.launcher)
-    return ("-m", "torch.distributed.run", *record.launcher, *module, target, *record.args)
+    return (*module, target, *record.args)
 
 
 def _script(record: StartRecord, root: Path, workdir: Path, *, allow_command: bool) -> str:
@@ -261,24 +277,16 @@ def _console_script(name: str, root: Path, *, allow_command: bool) -> str:
     return str(script)
 
 
-def _check_torchrun_options(options: Sequence[str]) -> None:
-    rest = list(options)
-    while rest:
-        word = rest.pop(0)
-        name, has_value, value = word.partition("=")
-        pattern = _SAFE_TORCHRUN.get(name.removeprefix("--").replace("_", "-")) if name.startswith("--") else None
-        if pattern and not has_value:
-            value = rest.pop(0) if rest else ""
-        if pattern is None or not re.fullmatch(pattern, value, re.ASCII):
-            raise _NotAllowed(f"torchrun's option {_quote(word)} is not one that is repeated without being asked")
-
-
-def _interpreter_flags(record: StartRecord, *, allow_command: bool) -> tuple[tuple[str, ...], list[str]]:
+def _interpreter_flags(
+    record: StartRecord, *, has_launcher: bool, allow_command: bool
+) -> tuple[tuple[str, ...], list[str]]:
     if record.launcher is not None:
-        return (), []  # They belong to the workers, and torchrun sets them.
+        return (), []  # They belonged to the workers, and torchrun had set them.
     safe = tuple(flag for flag in record.interpreter_flags if allow_command or _SAFE_FLAG.fullmatch(flag))
-    dropped = [flag for flag in record.interpreter_flags if flag not in safe]
-    return safe, [f"left out interpreter options: {shell_line(dropped)}"] if dropped else []
+    # torchrun starts the workers, and gives them none but its own, -u.
+    kept = () if has_launcher else safe
+    dropped = [flag for flag in record.interpreter_flags if flag not in kept and not (has_launcher and flag == "-u")]
+    return kept, [f"left out interpreter options: {shell_line(dropped)}"] if dropped else []
 
 
 def _quote(word: str) -> str:

@@ -99,6 +99,9 @@ class StartRecord(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True)
         """The command line as one would type it today, interpreter first; for people, not for execution."""
         flags = ("python", *self.interpreter_flags)
         if self.launcher is not None:
+            if self.kind == "module" and self.target == "ckptmgr" and "--nproc" in self.args:
+                # It had started torchrun itself.
+                return ("ckptmgr", *self.args)
             module = ("-m",) if self.kind == "module" else ()
             return ("torchrun", *self.launcher, *module, self.target or "?", *self.args)
         if self.kind == "entry-point":
