@@ -25,6 +25,7 @@ from ckptmgr.state.entry import CapturedEntry
 from ckptmgr.state.module import ModuleHandler
 from ckptmgr.state.names import ParameterNames, WrapperPrefixes
 from ckptmgr.state.optimizer import OptimizerHandler
+from ckptmgr.state.sharding import as_live
 from ckptmgr.state.stateful import SchedulerHandler, StatefulHandler
 from ckptmgr.state.training_options import OnChangedOptions, TrainingOptions
 
@@ -147,8 +148,10 @@ def assemble(loaded: LoadedCheckpoint, module: Any = None) -> dict[str, Any]:
     state = {**tree["tensors"], **tree.get("values", {})}
     if module is not None:
         prefixes = WrapperPrefixes(module)
-        keys = {prefixes.own_name(key): key for key in module.state_dict()}
+        live = module.state_dict()
+        keys = {prefixes.own_name(key): key for key in live}
         state = {keys.get(name, name): value for name, value in state.items()}
+        state = {key: as_live(value, live[key]) if key in live else value for key, value in state.items()}
     checkpoint["state_dict"] = _with_versions(state, tree.get("versions", {}))
     return checkpoint
 

@@ -17,12 +17,13 @@ from ckptmgr.lightning.assemble import MODEL
 from ckptmgr.lightning.bases import tree_for, with_lightning_base
 from ckptmgr.lightning.checkpoint_io import install_checkpoint_io
 from ckptmgr.lightning.compat import check_compatible, module_of
+from ckptmgr.lightning.filesystem import own_reference
 from ckptmgr.lightning.loggers import Logs, begin_logs
 from ckptmgr.lightning.loops import Boundary, LoopHooks
 from ckptmgr.lightning.resume import Resume
 from ckptmgr.lightning.run_view import RunView
 from ckptmgr.lightning.saving import Saver
-from ckptmgr.lightning.strategies import join_trainer, refuse_strategy
+from ckptmgr.lightning.strategies import join_trainer, load_through, refuse_strategy
 from ckptmgr.policy.arguments import check_switch
 from ckptmgr.policy.from_keywords import retention_from, trigger_from
 from ckptmgr.policy.intervals import Triggers
@@ -182,6 +183,7 @@ class CheckpointManager(RunView):
         check_compatible(trainer, tree)
         refuse_strategy(trainer)
         checkpoint_io = install_checkpoint_io(trainer, tree, self._storage_options)
+        load_through(trainer, checkpoint_io.load_checkpoint, lambda path: own_reference(path) is not None)
         if stage != "fit" or trainer.fast_dev_run:
             return
         ranks = self._join(trainer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ from ckptmgr.errors import TopologyError
 from ckptmgr.ranks.group import Ranks
 from ckptmgr.topology.join import join_ranks
 
-__all__ = ["join_trainer", "keeps_shards", "not_gathering", "refuse_strategy"]
+__all__ = ["join_trainer", "keeps_shards", "load_through", "not_gathering", "refuse_strategy"]
 
 _XLA = "its processes talk through XLA, and its tensors live there; they are not seen through torch.distributed"
 _REFUSED = {
@@ -81,3 +81,28 @@ def not_gathering(trainer: Any) -> Iterator[None]:
         for name in replaced:
             del vars(strategy)[name]
         vars(strategy).update(before)
+
+
+def load_through(trainer: Any, load: Callable[[Any], Any], is_ours: Callable[[Any], bool]) -> None:
+    """Let a strategy that reads checkpoints by itself take those of runs from elsewhere.
+
+    Args:
+        trainer: In its setup.
+        load: Returns a checkpoint as Lightning expects it.
+        is_ours: Says whether a path names a checkpoint of a run.
+    """
+    if not keeps_shards(trainer):
+        return
+    strategy = trainer.strategy
+    original = type(strategy).load_checkpoint
+
+    def load_checkpoint(path: Any, weights_only: bool | None = None) -> Any:
+        if not is_ours(path):
+            return original(strategy, path, weights_only)
+        checkpoint = load(path)
+        module = strategy.lightning_module
+        # Lightning leaves this to the strategy, whose own reading would have done it.
+        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+        return checkpoint
+
+    strategy.load_checkpoint = load_checkpoint
