@@ -296,6 +296,13 @@ def check_loop(state: Mapping[str, object], loaded: LoadedCheckpoint) -> None:
 
 
 def _refuse_other_savers(loaded: LoadedCheckpoint) -> None:
+    if any(entry.handler == "dcp" for entry in loaded.manifest.entries):
+        raise StateMismatchError(
+            f"{loaded.reference} cannot be resumed here",
+            why="it was saved through PyTorch's DCP, and has no place in a training loop",
+            next="torch.distributed.checkpoint.load(state, storage_reader=ckptmgr.topology.CheckpointReader"
+            f"({loaded.reference!r}), planner=ckptmgr.topology.LoadPlanner()) loads it",
+        )
     if not {_RNG, _PROGRESS} <= loaded.entries.keys():
         raise StateMismatchError(
             f"{loaded.reference} cannot be resumed here",

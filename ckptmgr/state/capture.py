@@ -200,6 +200,13 @@ def _backup(handler: StateHandler, value: object, names: ParameterNames) -> Call
 
 def _check_entry(handler: StateHandler, value: object, entry: CapturedEntry, names: ParameterNames) -> None:
     kind = type(value).__qualname__
+    if entry.handler == "dcp":
+        raise StateMismatchError(
+            "it was saved through PyTorch's DCP",
+            why="what DCP saves is a state dict, which it loads onto any ranks by itself",
+            next="load it with torch.distributed.checkpoint.load(..., storage_reader=ckptmgr.topology.CheckpointReader("
+            "reference), planner=ckptmgr.topology.LoadPlanner())",
+        )
     if handler.name != entry.handler:
         raise StateMismatchError(
             f"it was captured by the handler {entry.handler!r}, and is a {kind} now, for {handler.name!r}",

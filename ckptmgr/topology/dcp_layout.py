@@ -24,6 +24,7 @@ VERSION = 1
 StatePath: TypeAlias = tuple[str | int, ...]
 """The keys on the way from the top of a state dict to a value."""
 
+_MAPPINGS = {"$dict", "$ordered_dict"}
 _REFERENCES = ("$tensor", "$array", "$sparse")
 
 
@@ -129,15 +130,22 @@ def _add_entry(names: StoredNames, entry: str, tree: Any) -> None:
 
 def _add_module(names: StoredNames, entry: str, tree: Any) -> None:
     for name, item in _items(tree["tensors"]):
-        if "$tensor" in item:
-            _add(names, (entry, name), tensor=(entry, item["$tensor"]))
-        else:
-            names.unreadable[f"{entry}.{name}"] = "it is a sparse tensor"
+        _add_flattened(names, entry, (entry, name), item)
     for name, item in _items(tree.get("values", {})):
-        if _refers(item):
-            names.unreadable[f"{entry}.{name}"] = "it is a value with tensors or arrays in it"
-        else:
-            _add(names, (entry, name), value=item)
+        _add_flattened(names, entry, (entry, name), item)
+
+
+def _add_flattened(names: StoredNames, entry: str, path: StatePath, item: Any) -> None:
+    """Add what DCP would see of a value: dicts one by one, anything else as one."""
+    if isinstance(item, dict) and item.keys() == {"$tensor"}:
+        _add(names, path, tensor=(entry, item["$tensor"]))
+    elif isinstance(item, dict) and (item.keys() & _MAPPINGS or not any(key.startswith("$") for key in item)):
+        for key, inner in _items(item):
+            _add_flattened(names, entry, (*path, str(key)), inner)
+    elif _refers(item):
+        names.unreadable[".".join(map(str, path))] = "there are tensors or arrays in a value of another kind"
+    else:
+        _add(names, path, value=item)
 
 
 def _add(names: StoredNames, path: StatePath, *, tensor: tuple[str, str] | None = None, value: Any = None) -> None:
@@ -153,10 +161,8 @@ def _add(names: StoredNames, path: StatePath, *, tensor: tuple[str, str] | None 
 
 def _items(tree: Any) -> Iterator[tuple[str, Any]]:
     """Yield the items of an encoded dict, still encoded."""
-    if tree.keys() == {"$dict"}:
-        yield from tree["$dict"]
-    else:
-        yield from tree.items()
+    tag = next(iter(tree), None)
+    yield from tree[tag] if tag in _MAPPINGS else tree.items()
 
 
 def _refers(tree: Any) -> bool:

@@ -67,7 +67,7 @@ class CheckpointReader(StorageReader):
         storage: The run's root, opened already.
 
     Attributes:
-        checkpoint_id: The reference; of exactly this checkpoint, ``RUN_DIR@ID``, once it is found.
+        checkpoint_id: The reference; of exactly this checkpoint, ``RUN_DIR@ID``, once it is found. Without credentials.
     """
 
     def __init__(
@@ -189,7 +189,8 @@ class CheckpointReader(StorageReader):
 
     def _refer_to(self, reference: str) -> None:
         self._reference = parse_reference(reference)
-        self.checkpoint_id = str(self._reference)
+        # DCP writes it to its log.
+        self.checkpoint_id = f"{printable_place(self._reference.run_dir)}@{self._reference.selector}"
         self._opened = None
         self._staged = {}
 
@@ -201,7 +202,7 @@ class CheckpointReader(StorageReader):
             self._storage = open_storage(self._reference.run_dir, storage_options=self._storage_options)
         catalog = Catalog.of_existing_run(self._storage)
         manifest = catalog.resolve(self._reference.selector) if checkpoint is None else catalog.manifest(checkpoint)
-        self.checkpoint_id = f"{self._reference.run_dir}@{manifest.checkpoint}"
+        self.checkpoint_id = f"{printable_place(self._reference.run_dir)}@{manifest.checkpoint}"
         self._opened = _Opened(self._storage, manifest, self._reference.run_dir)
         return self._opened
 

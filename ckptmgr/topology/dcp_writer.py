@@ -32,6 +32,7 @@ from ckptmgr.storage.protocol import Storage
 from ckptmgr.topology.dcp_attempt import HeldRun, hold_run, record_failure
 from ckptmgr.topology.dcp_layout import HANDLER, VERSION, StatePath, encode_entry, loose_entry, place_of
 from ckptmgr.topology.planners import PlannedPaths
+from ckptmgr.words import printable_place
 
 __all__ = ["CheckpointWriter"]
 
@@ -91,7 +92,7 @@ class CheckpointWriter(StorageWriter):
 
     Attributes:
         checkpoint_id: The checkpoint's reference, ``RUN_DIR@ID``, once the ranks have agreed on it; ``RUN_DIR@STEP``
-            before.
+            before. Without credentials.
 
     Raises:
         UsageError: An argument that cannot be meant.
@@ -132,7 +133,8 @@ class CheckpointWriter(StorageWriter):
         self._run: HeldRun | None = None
         self._task: _Task | None = None
         self._paths: dict[str, StatePath] = {}
-        self.checkpoint_id = f"{self._run_dir}@{step}"
+        # DCP writes it to its log.
+        self.checkpoint_id = f"{printable_place(self._run_dir)}@{step}"
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Refuse a name that is given to `save` itself.
@@ -213,7 +215,7 @@ class CheckpointWriter(StorageWriter):
         """
         task: _Task = plan.storage_data
         self._task = task
-        self.checkpoint_id = f"{self._run_dir}@{task.checkpoint}"
+        self.checkpoint_id = f"{printable_place(self._run_dir)}@{task.checkpoint}"
         checkpoint = CheckpointId.parse(task.checkpoint)
         try:
             report = self._write(plan, planner, task, checkpoint)
