@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from xxhash import xxh3_128_hexdigest
 
-from ckptmgr.errors import StateMismatchError
+from ckptmgr.errors import StateMismatchError, StorageError
 from ckptmgr.format.layout import CheckpointId
 from ckptmgr.format.manifest import FileRecord, Manifest, TensorRecord, Topology
 from ckptmgr.format.payload import FilePayload
@@ -180,9 +180,11 @@ class JointSaves:
             )
             sizes = mesh_sizes(tensor for encoder in encoders.values() for tensor in encoder.sharded)
             topology = Topology(world_size=self._ranks.world_size, mesh=sizes)
-            committed.append(
-                commit_sealed(storage, checkpoint, parts, replace(fields, entries=entries, topology=topology))
-            )
+            whole = replace(fields, entries=entries, topology=topology)
+            try:
+                committed.append(commit_sealed(storage, checkpoint, parts, whole))
+            except StorageError as error:
+                raise StorageError(f"rank 0: {error.what}", why=error.why, next=error.next) from error
             return facts_to_plain(facts_of(committed[0]))
 
         facts = facts_from_plain(self._ranks.saves.exchange(what, write, commit))

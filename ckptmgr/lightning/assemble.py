@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import enum
+import logging
 import os
 from argparse import Namespace
 from collections import OrderedDict
@@ -25,6 +26,7 @@ from ckptmgr.state.entry import CapturedEntry
 from ckptmgr.state.module import ModuleHandler
 from ckptmgr.state.names import ParameterNames, WrapperPrefixes
 from ckptmgr.state.optimizer import OptimizerHandler
+from ckptmgr.state.renamed_entries import in_live_names
 from ckptmgr.state.sharding import as_live
 from ckptmgr.state.stateful import SchedulerHandler, StatefulHandler
 from ckptmgr.state.training_options import OnChangedOptions, TrainingOptions
@@ -36,6 +38,7 @@ __all__ = [
     "capture_entries",
     "check_model",
     "drivers_of",
+    "in_names_of",
     "numbered",
     "optimizer_order",
     "options_of",
@@ -45,6 +48,7 @@ __all__ = [
     "scheduler_handler",
 ]
 
+_log = logging.getLogger("ckptmgr")
 
 MODEL, TRAINER, RNG, DATA = "model", "trainer", "rng", "data"
 METRICS = "metrics"
@@ -171,10 +175,33 @@ def check_model(module: Any, loaded: LoadedCheckpoint) -> None:
     Raises:
         StateMismatchError: Names everything that does not fit.
     """
-    own_hook = type(module).on_load_checkpoint.__qualname__.split(".")[0] not in ("CheckpointHooks", "LightningModule")
-    if own_hook or not module.strict_loading:
+    if _decides_by_itself(module):
         return
     ModuleHandler().check(module, loaded.entries[MODEL].tree, ParameterNames({MODEL: module}))
+
+
+def in_names_of(module: Any, loaded: LoadedCheckpoint) -> LoadedCheckpoint:
+    """Give a checkpoint the names of the live module, where they differ by a prefix that explains every name.
+
+    A module that takes part in its own loading may have names of its own for what it loads, so it is left to it.
+    """
+    if _decides_by_itself(module) or MODEL not in loaded.entries:
+        return loaded
+    renamed = in_live_names({MODEL: module}, loaded.entries)
+    if not renamed.names:
+        return loaded
+    for level, note in renamed.notes:
+        _log.log(level, "%s", note)
+    entries = dict(renamed.entries)
+    tree = entries[TRAINER].tree
+    options = renamed.options(tree.get("options"), loaded.entries)
+    entries[TRAINER] = dataclasses.replace(entries[TRAINER], tree={**tree, "options": options})
+    return dataclasses.replace(loaded, entries=entries)
+
+
+def _decides_by_itself(module: Any) -> bool:
+    own_hook = type(module).on_load_checkpoint.__qualname__.split(".")[0] not in ("CheckpointHooks", "LightningModule")
+    return own_hook or not module.strict_loading
 
 
 def options_of(trainer: Any, mode: OnChangedOptions) -> TrainingOptions:

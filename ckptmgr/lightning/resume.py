@@ -16,6 +16,7 @@ from ckptmgr.lightning.assemble import (
     WEIGHTS_ONLY_REASON,
     assemble,
     check_model,
+    in_names_of,
     options_of,
     restore_optimizers_and_schedulers,
 )
@@ -150,7 +151,8 @@ class Resume:
             StateMismatchError, UsageError: It does not fit.
         """
         chosen = self._select(loaded)
-        check_model(self._trainer.lightning_module, loaded if chosen is None else chosen.loaded)
+        module = self._trainer.lightning_module
+        check_model(module, in_names_of(module, loaded) if chosen is None else chosen.loaded)
 
     def accept(self) -> Any:
         """Record the line, and free what was loaded.
@@ -301,6 +303,8 @@ class Resume:
                 why=WEIGHTS_ONLY_REASON if tree.get("weights_only") else "it was not saved by a CheckpointManager",
                 next=f"start another run from its weights: Model.load_from_checkpoint({url!r})",
             )
+        loaded = loaded if chosen is not None else in_names_of(trainer.lightning_module, loaded)
+        tree = loaded.entries[TRAINER].tree
         self._check_together(loaded)
         self._weights_before = copied_tree(dict(trainer.lightning_module.state_dict()))
         position = loaded.entries[DATA].tree

@@ -1,13 +1,14 @@
 """Starts training processes in a second instead of ten: forks them from a server that has torch and Lightning imported.
 
-The server (``python -m forge``) never trains, never draws a random number and has one thread, so that a forked process
-is like a fresh one. `Forge` is the client's side.
+The server (``python -m forge MODULE...``) never trains, never draws a random number and has one thread, so that a
+forked process is like a fresh one. `Forge` is the client's side.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ __all__ = ["Ended", "Forge"]
 
 DEADLINE_S = 90.0
 ROOM = Path(__file__).parent
+MODULES = ("lightning.pytorch", "lightning_script", "logger_script", "plain_script")
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,22 @@ class Ended:
 
 
 class Forge:
-    """A fork server of this test session."""
+    """A fork server of this test session.
 
-    def __init__(self) -> None:
-        environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOM), *sys.path]))
+    Args:
+        modules: What it imports: the scripts, and what takes long.
+        room: Folder of the scripts.
+    """
+
+    def __init__(self, modules: Sequence[str] = MODULES, room: Path = ROOM) -> None:
+        path = os.pathsep.join([str(room), str(ROOM), *sys.path])
+        environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path)
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "forge"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+            [sys.executable, "-m", "forge", *modules],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
         )
         self._numbers = itertools.count()
         self._waiting: dict[int, Future[Ended]] = {}
@@ -88,12 +100,10 @@ class Forge:
 
 
 def _serve() -> None:
-    import lightning.pytorch  # noqa: F401
-    import lightning_script  # noqa: F401
-    import logger_script  # noqa: F401
-    import plain_script  # noqa: F401
     import torch
 
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
     torch.set_num_threads(1)
     assert threading.active_count() == 1, "a fork would lose these threads"
     # What the collector does not look at is not copied by the forked processes.
