@@ -80,7 +80,7 @@ def goes_on_like(training: Training, straight: Training) -> bool:
 
 
 def test_a_rank_that_is_killed_costs_no_bit(training: Training, straight: Training) -> None:
-    assert -9 in exit_codes(training.start(2, die=[1, 5]))
+    assert -9 in exit_codes(training.start(2, die=[1, 5], manager={"background": False}))
     # The other seed would show where something random is not restored.
     assert "from step 4 (epoch 0, 4 batches trained)" in training.start(2, seed=9)
     assert goes_on_like(training, straight)
