@@ -63,6 +63,16 @@ class StopSignal:
                 signal.signal(number, signal.SIG_DFL if previous is None else previous)
         self._previous.clear()
 
+    def ignore(self) -> None:
+        """Ignore the signals from now on, because everything is saved and this process is about to exit.
+
+        Whoever started the ranks of a job tells those that are left to stop as soon as the first one has exited; that
+        would end them with another exit code.
+        """
+        for number in self._previous:
+            signal.signal(number, signal.SIG_IGN)
+        self._previous.clear()
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             signal.signal(number, signal.SIG_DFL)

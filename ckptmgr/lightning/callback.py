@@ -394,9 +394,13 @@ class CheckpointManager(RunView):
                     # Who starts the ranks takes the first one that is gone for a failure, and kills those that write.
                     self._ranks.loop.together("the end of the run", lambda: None)
         finally:
+            is_one_of_many = self._ranks is not None and self._ranks.world_size > 1
             self._part(exception or sys.exception())
             # Last: a second signal must not end the process while the save that the first one asked for is written.
-            if self._signal is not None:
+            if self._signal is not None and self._hooks is not None and outcome == "preempted" and is_one_of_many:
+                self._signal.ignore()
+                self._hooks.ignore_sigterm()
+            elif self._signal is not None:
                 self._signal.uninstall()
 
     def _say(self, message: str) -> None:

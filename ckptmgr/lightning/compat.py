@@ -118,6 +118,7 @@ _ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "_progress_bar_metrics",
     ),
     "_checkpoint_connector": ("_loaded_checkpoint",),
+    "_signal_connector": ("_original_handlers",),
     "strategy": ("checkpoint_io", "optimizers", "lr_scheduler_configs"),
 }
 

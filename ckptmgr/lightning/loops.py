@@ -12,6 +12,7 @@ validation that the checkpoint preceded, and at an epoch's end with ``max_steps`
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -127,6 +128,12 @@ class LoopHooks:
             vars(target).pop(name, None)
         self._patched.clear()
         self._lower()
+
+    def ignore_sigterm(self) -> None:
+        """Let the Trainer's teardown leave SIGTERM ignored, instead of putting back what was there before."""
+        handlers = self._trainer._signal_connector._original_handlers
+        if handlers:
+            handlers[signal.SIGTERM] = signal.SIG_IGN
 
     def resume_at(
         self, position: Mapping[str, Any], rng: Mapping[str, Any], *, step: int, on_resumed: Callable[[], None]

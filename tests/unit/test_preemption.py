@@ -63,3 +63,12 @@ def test_a_signal_to_every_process_of_the_job_saves_the_step_and_exits_with_75(t
     assert job.returncode == 75, errors
     latest = Catalog(LocalStorage(tmp_path / "run")).latest()
     assert (latest.step, latest.reason) == (3, "signal")
+
+
+def test_a_process_that_was_told_to_stop_exits_with_its_own_code_when_it_is_told_again() -> None:
+    script = (
+        "import os, signal; from ckptmgr.preemption import StopSignal; stop = StopSignal(); stop.install()\n"
+        "os.kill(os.getpid(), signal.SIGTERM); assert stop.received; stop.ignore()\n"
+        "os.kill(os.getpid(), signal.SIGTERM); raise SystemExit(75)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 75
