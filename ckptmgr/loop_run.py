@@ -227,13 +227,18 @@ class LoopRun:
         if self._boundary is not None:
             self._boundary.close()
             self._boundary = None
+        is_one_of_several = self._ranks is not None and self._ranks.world_size > 1
         try:
             if run is not None:
                 run.close(outcome, step=step, error=error)
         finally:
             self._part(sys.exception())
             # Last: a second signal must not end the process while the save that the first one asked for is written.
-            self._signal.uninstall()
+            if outcome == "preempted" and is_one_of_several:
+                # As soon as one rank has exited, launchers signal the others: they are on their way out already.
+                self._signal.ignore()
+            else:
+                self._signal.uninstall()
 
     def _part(self, error: BaseException | None) -> None:
         ranks, self._ranks = self._ranks, None

@@ -15,7 +15,8 @@ __all__ = ["for_ranks"]
 
 _log = logging.getLogger("ckptmgr")
 
-_POSITIONS = ("data-position", "lightning-data")
+# What knows by itself what another number of ranks means to it, and random numbers.
+_SILENT = ("data-position", "lightning-data", "lightning-metrics", "rng")
 
 
 def for_ranks(entries: Mapping[str, CapturedEntry], manifest: Manifest, ranks: Ranks) -> dict[str, CapturedEntry]:
@@ -35,7 +36,7 @@ def for_ranks(entries: Mapping[str, CapturedEntry], manifest: Manifest, ranks: R
         return dict(entries)
     if ranks.leads:
         _log.info("step %d was saved by %s, and goes on on %s", manifest.step, _count(saved), _count(now))
-        own = [e.name for e in entries.values() if e.scope == "per-rank" and e.handler not in ("rng", *_POSITIONS)]
+        own = [e.name for e in entries.values() if e.scope == "per-rank" and e.handler not in _SILENT]
         if own and saved > 1:
             gone = f"what ranks {now} to {saved - 1} had is left" if now < saved else "new ranks take that of rank 0"
             _log.warning("each rank had its own %s: %s", ", ".join(own), gone)
