@@ -76,7 +76,7 @@ class Trigger(Protocol):
 
 
 def known_everywhere(trigger: Trigger) -> Trigger:
-    """Return the part of a trigger by which every rank of a job decides alike: on step, epoch, and an agreed stop."""
+    """Return the part of a trigger that depends on step and epoch alone, so that every rank of a job decides alike."""
     return trigger if _is_known(trigger) else _Parts(tuple(part for part in _parts(trigger) if _is_known(part)))
 
 
@@ -86,7 +86,7 @@ def may_need_any_step(trigger: Trigger) -> bool:
     A metric that improves is such a reason: one step later, other weights would be saved for it. Time and signals can
     wait for some steps. What a trigger of the user's does is not known.
     """
-    late = (EverySeconds, OnException)
+    late = (EverySeconds, OnSignal, OnException)
     return any(not _is_known(part) and not isinstance(part, late) for part in _parts(trigger))
 
 
@@ -104,7 +104,7 @@ def _parts(trigger: Trigger) -> tuple[Trigger, ...]:
 
 
 def _is_known(trigger: Trigger) -> bool:
-    return isinstance(trigger, (EverySteps, EveryEpochs, OnSignal))
+    return isinstance(trigger, (EverySteps, EveryEpochs))
 
 
 @dataclass(frozen=True, slots=True)

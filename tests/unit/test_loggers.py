@@ -491,7 +491,7 @@ def adopt(logger: Any, version: str, caplog: pytest.LogCaptureFixture) -> str:
     record = LoggerRecord(kind=record.kind, type=record.type, place=record.place, version=version)
     caplog.clear()
     with run_of_one_attempt(record) as run_dir:
-        stub = SimpleNamespace(loggers=[logger], global_step=0, world_size=1)
+        stub = SimpleNamespace(loggers=[logger], global_step=0, world_size=1, is_global_zero=True)
         begin_logs(stub, run_dir, "auto", storage_options=None).close()
     return caplog.text
 
