@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from ckptmgr.errors import UsageError
-from ckptmgr.launch.torchrun import MAX_PROCESSES, PlaceInJob, place_in_job, torchrun_words
+from ckptmgr.launch.torchrun import MAX_PROCESSES, PlaceInJob, end_of_options, place_in_job, torchrun_words
 
 if TYPE_CHECKING:
     from ckptmgr.experiment.plan import Plan
@@ -86,7 +86,8 @@ def ranks_command(nproc: int, arguments: Sequence[str], env: Mapping[str, str] |
     words, _ = torchrun_words(nproc)
     # -P: else the current directory comes first among the modules, and it may be the run directory of somebody else.
     python = (sys.executable, "-P")
-    argv = (*python, *words, "--no-python", *python, "-m", "ckptmgr", *arguments, "--nproc", str(nproc))
+    program = (*python, "-m", "ckptmgr", *arguments, "--nproc", str(nproc))
+    argv = (*python, *words, "--no-python", *end_of_options(program), *program)
     return Relaunch(argv, Path.cwd(), dict(env or {}), has_launcher=True)
 
 

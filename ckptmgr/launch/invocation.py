@@ -110,6 +110,9 @@ def torchrun_options(parent: Sequence[str], worker: Invocation) -> tuple[str, ..
     options = list(launcher.args[: -len(tail)])
     if launcher.args[-len(tail) :] != tail:
         return None
+    if options[-1:] == ["--"]:
+        # It ends the options, and is none.
+        options.pop()
     if worker.kind == "module" and (not options or options.pop() not in ("-m", "--module")):
         return None
     return tuple(options)

@@ -25,7 +25,7 @@ from typing import NoReturn
 from ckptmgr.errors import ResumeRefusedError
 from ckptmgr.launch.project import find_project_root, why_not_own_code
 from ckptmgr.launch.start_record import StartRecord
-from ckptmgr.launch.torchrun import torchrun_words, why_not_on_this_machine, why_not_repeated
+from ckptmgr.launch.torchrun import end_of_options, torchrun_words, why_not_on_this_machine, why_not_repeated
 
 __all__ = ["RUN_DIR_VARIABLE", "Relaunch", "relaunch_command", "shell_line", "start"]
 
@@ -95,8 +95,11 @@ def relaunch_command(
     root = find_project_root(cwd)
     try:
         workdir, notes = _working_directory(record, root, allow_command=allow_command)
-        launcher, left_out = _launcher(record, nproc, allow_command=allow_command)
-        command = (*launcher, *_program(record, root, workdir, allow_command=allow_command))
+        launcher, left_out = _launcher(record, nproc, may_restart=selector == "latest", allow_command=allow_command)
+        program = _program(record, root, workdir, allow_command=allow_command)
+        module = ("-m",) if record.kind == "module" else ()
+        ends = end_of_options(record.args) if launcher else ()
+        command = (*launcher, *module, *ends, *program)
         if any("\0" in word for word in command):
             raise _NotAllowed("a word of the command holds a NUL character")
         flags, dropped = _interpreter_flags(record, has_launcher=bool(launcher), allow_command=allow_command)
@@ -174,11 +177,13 @@ def _refuse_several_machines(record: StartRecord, env: Mapping[str, str]) -> Non
         )
 
 
-def _launcher(record: StartRecord, nproc: int | None, *, allow_command: bool) -> tuple[tuple[str, ...], list[str]]:
+def _launcher(
+    record: StartRecord, nproc: int | None, *, may_restart: bool, allow_command: bool
+) -> tuple[tuple[str, ...], list[str]]:
     if nproc == 1 or (nproc is None and record.launcher is None):
         return (), []
     if nproc is not None:
-        words, left_out = torchrun_words(nproc, record.launcher or ())
+        words, left_out = torchrun_words(nproc, record.launcher or (), may_restart=may_restart)
         return words, [f"left out torchrun's options: {shell_line(left_out)}"] if left_out else []
     recorded = record.launcher or ()
     unsafe = None if allow_command else why_not_repeated(recorded)
@@ -202,14 +207,13 @@ def _working_directory(record: StartRecord, root: Path, *, allow_command: bool) 
 
 def _program(record: StartRecord, root: Path, workdir: Path, *, allow_command: bool) -> tuple[str, ...]:
     target = record.target or ""
-    module = ("-m",) if record.kind == "module" else ()
     if record.kind == "module":
         _check_module(target, root, [str(workdir), *sys.path], allow_command=allow_command)
     elif record.kind == "entry-point":
         target = _console_script(target, root, allow_command=allow_command)
     else:
         target = _script(record, root, workdir, allow_command=allow_command)
-    return (*module, target, *record.args)
+    return (target, *record.args)
 
 
 def _script(record: StartRecord, root: Path, workdir: Path, *, allow_command: bool) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 __all__ = [
     "MAX_PROCESSES",
     "PlaceInJob",
+    "end_of_options",
     "place_in_job",
     "torchrun_words",
     "why_not_on_this_machine",
@@ -66,12 +67,15 @@ def place_in_job(environ: Mapping[str, str]) -> PlaceInJob | None:
     return PlaceInJob(rank, world_size, rank if local_rank is None else local_rank, local_world_size or world_size)
 
 
-def torchrun_words(nproc: int, recorded: Sequence[str] = ()) -> tuple[tuple[str, ...], list[str]]:
+def torchrun_words(
+    nproc: int, recorded: Sequence[str] = (), *, may_restart: bool = True
+) -> tuple[tuple[str, ...], list[str]]:
     """Return the arguments of Python that start so many processes of this machine.
 
     Args:
         nproc: How many.
         recorded: The options of an earlier start: how often and how soon it restarts is kept.
+        may_restart: False where each start goes back to the same checkpoint: what came after it would be trained anew.
 
     Returns:
         What stands before the program, and the options that are neither kept nor replaced.
@@ -79,11 +83,26 @@ def torchrun_words(nproc: int, recorded: Sequence[str] = ()) -> tuple[tuple[str,
     kept: list[str] = []
     left_out: list[str] = []
     for name, words, value in _options(recorded):
-        if name in _KEPT and re.fullmatch(_SAFE[name], value or "", re.ASCII):
+        if (
+            name in _KEPT
+            and (may_restart or name != "max-restarts")
+            and re.fullmatch(_SAFE[name], value or "", re.ASCII)
+        ):
             kept.append(f"--{name}={value}")
         elif name not in _REPLACED:
             left_out += words
     return ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc), *kept), left_out
+
+
+def end_of_options(args: Sequence[str]) -> tuple[str, ...]:
+    """Return what stands between torchrun's options and the program, so that it takes none but its own.
+
+    It refuses those that begin as several of its own do, such as ``--n``, wherever they stand.
+
+    Args:
+        args: What the program is given.
+    """
+    return ("--",) if any(word.startswith("-") for word in args) else ()
 
 
 def why_not_on_this_machine(recorded: Sequence[str]) -> str | None:

@@ -149,6 +149,67 @@ def test_torchrun_runs_again(project: Path) -> None:
     )
 
 
+def test_a_program_started_by_torchrun_keeps_its_own_options(project: Path) -> None:
+    from torch.distributed.run import parse_args
+
+    # torchrun has options of its own that begin with --n.
+    for kind, target in (("script", "train.py"), ("module", "pkg.fit")):
+        args = ["--n", "5", "--nproc", "3"]
+        start = record(project, kind=kind, target=target, launcher=["--standalone"], args=args)
+        for nproc in (None, 2):
+            meant = parse_args(list(relaunch(project, start, nproc=nproc).argv[3:]))
+            assert (meant.training_script, meant.training_script_args, meant.module) == (target, args, kind == "module")
+
+
+# On another number of processes.
+
+
+def test_a_script_goes_on_on_as_many_processes_as_are_asked_for(project: Path) -> None:
+    options = ["--nproc_per_node", "8", "--max-restarts=3", "--monitor_interval", "0.5", "--rdzv-endpoint=localhost:0"]
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+    command = relaunch(project, record(project, launcher=options, args=["x"]), nproc=2)
+    assert command.argv[1:] == (*torchrun, "2", "--max-restarts=3", "--monitor-interval=0.5", "train.py", "x")
+    assert command.has_launcher
+    assert command.notes == ()
+    assert relaunch(project, record(project), nproc=4).argv[1:] == (*torchrun, "4", "train.py")
+    alone = relaunch(project, record(project, launcher=options), nproc=1)
+    assert alone.argv[1:] == ("train.py",)
+    assert not alone.has_launcher
+
+
+def test_a_job_that_goes_back_is_not_started_again_by_torchrun(project: Path) -> None:
+    # Each start would go back to step 1200, whatever was trained since.
+    start = record(project, launcher=["--nproc-per-node=8", "--max-restarts=3"])
+    command = relaunch(project, start, nproc=2, selector="1200")
+    assert "--max-restarts=3" not in command.argv
+    assert "--max-restarts=3" in command.notes[0]
+
+
+def test_options_of_torchrun_that_reach_further_are_left_out_and_named(project: Path) -> None:
+    command = relaunch(project, record(project, launcher=["--log-dir", "/etc", "--no-python", "--role=x"]), nproc=2)
+    assert command.argv[4:] == ("--nproc-per-node", "2", "train.py")
+    assert all(word in command.notes[0] for word in ("--log-dir", "/etc", "--no-python"))
+
+
+@pytest.mark.parametrize("options", [["--nnodes=2"], ["--nnodes", "1:4"], ["--node_rank", "1"]])
+def test_a_job_of_several_machines_is_not_squeezed_into_one(project: Path, options: list[str]) -> None:
+    refused = refusal(project, record(project, launcher=options), nproc=2)
+    assert options[0] in str(refused.why)
+    assert "torchrun" in str(refused.next)
+
+
+def test_ranks_of_an_unknown_launcher_go_on_under_torchrun_if_that_is_asked_for(project: Path) -> None:
+    topology = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "8"}
+    assert "train.py" in relaunch(project, record(project, topology=topology), nproc=8).argv
+
+
+def test_another_number_of_processes_lets_no_other_code_run(project: Path, tmp_path: Path) -> None:
+    script = tmp_path / "elsewhere.py"
+    script.write_text(REPORT)
+    start = record(project, target=str(script), script=str(script), script_in_project=None)
+    assert "--allow-command" in str(refusal(project, start, nproc=2).next)
+
+
 def test_a_console_script_of_the_project_runs_again(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripts = project.parent / "bin"
     scripts.mkdir()

@@ -266,6 +266,7 @@ def test_a_command_line_is_taken_apart_as_the_interpreter_does(line: str, expect
         ("python /v/bin/torchrun --nproc-per-node 2 a.py x", ("--nproc-per-node", "2")),
         ("python -m torch.distributed.run --standalone a.py x", ("--standalone",)),
         ("python /v/bin/torchrun a.py x", ()),
+        ("python /v/bin/torchrun --standalone -- a.py x", ("--standalone",)),
         ("python /v/bin/torchrun --standalone b.py x", None),
         ("python /v/bin/accelerate launch a.py x", None),
         ("bash -c x", None),
@@ -279,4 +280,5 @@ def test_torchrun_is_recognised_in_the_parent(parent: str, options: tuple[str, .
 def test_torchrun_with_a_module_is_recognised() -> None:
     worker = Invocation("module", "pkg", ("x",), ("-u",))
     assert torchrun_options(["python", "torchrun", "--standalone", "-m", "pkg", "x"], worker) == ("--standalone",)
+    assert torchrun_options(["python", "torchrun", "--standalone", "-m", "--", "pkg", "x"], worker) == ("--standalone",)
     assert torchrun_options(["python", "torchrun", "--standalone", "pkg", "x"], worker) is None
