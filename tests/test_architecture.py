@@ -117,6 +117,8 @@ def test_a_file_can_be_read_in_five_minutes(path: Path) -> None:
         "ckptmgr.run.upkeep",
         "ckptmgr.run.life",
         "ckptmgr.cli.ls",
+        "ckptmgr.cli.show",
+        "ckptmgr.cli.remap",
         "ckptmgr.run.overview",
         "ckptmgr.storage.open",
         "ckptmgr.launch",

@@ -34,6 +34,7 @@ class CheckpointSummary:
     created_at: str | None = None
     nbytes: int | None = None
     reason: str | None = None
+    world_size: int | None = None
     metrics: dict[str, MetricValue] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
 
@@ -128,6 +129,7 @@ def _summary(
         created_at=manifest.created_at,
         nbytes=manifest.nbytes,
         reason=manifest.reason,
+        world_size=manifest.topology.world_size,
         metrics={name: metric_to_value(value) for name, value in facts.metrics.items()},
         tags=tuple(sorted(facts.tags)),
     )

@@ -60,8 +60,9 @@ def command(reference: str, as_json: bool) -> None:
         )
         return
     if listing.checkpoints:
+        has_several_ranks = any((summary.world_size or 1) > 1 for summary in listing.checkpoints)
         print_table(
-            ["step", "epoch", "age", "size", "attempt", "reason", "metrics", "tags", "state"],
+            ["step", "epoch", "age", "size", "attempt", "ranks", "reason", "metrics", "tags", "state"],
             [
                 [
                     str(summary.step),
@@ -69,6 +70,7 @@ def command(reference: str, as_json: bool) -> None:
                     "" if summary.created_at is None else format_age(summary.created_at),
                     "" if summary.nbytes is None else format_nbytes(summary.nbytes),
                     str(summary.attempt),
+                    str(summary.world_size or "") if has_several_ranks else "",
                     summary.reason or "",
                     format_metrics(summary.metrics),
                     " ".join(summary.tags),
@@ -76,7 +78,7 @@ def command(reference: str, as_json: bool) -> None:
                 ]
                 for summary in listing.checkpoints
             ],
-            right=["step", "epoch", "age", "size", "attempt"],
+            right=["step", "epoch", "age", "size", "attempt", "ranks"],
         )
     else:
         note(f"no checkpoint was committed in {run.catalog.storage.url} yet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -11,7 +12,9 @@ import click
 from ckptmgr.cli.arguments import OpenRun, json_option, open_run, quiet_option
 from ckptmgr.cli.complete import complete_reference
 from ckptmgr.cli.listing import AttemptSummary, explain, read_attempts
+from ckptmgr.cli.nproc import nproc_option
 from ckptmgr.cli.story import tell_story
+from ckptmgr.cli.topology import count_of_ranks, describe_scope, describe_topology, tensor_scopes
 from ckptmgr.errors import CheckpointNotFoundError, CkptmgrError, UsageError
 from ckptmgr.format.layout import attempt_key
 from ckptmgr.format.manifest import Manifest, RunMarker, metric_to_value
@@ -24,11 +27,19 @@ __all__ = ["command"]
 @click.argument("references", metavar="RUN_DIR[@REF]...", nargs=-1, required=True, shell_complete=complete_reference)
 @click.option("--config", "which", flag_value="config", help="Print the configuration that it was built from.")
 @click.option("--resolved", "which", flag_value="resolved", help="The same, with everything in it resolved.")
+@nproc_option("Say what becomes of a checkpoint's state when N ranks go on with it.")
 @quiet_option()
 @json_option()
-def command(references: Sequence[str], which: Literal["config", "resolved"] | None, as_json: bool) -> None:
+def command(
+    references: Sequence[str], which: Literal["config", "resolved"] | None, nproc: int | None, as_json: bool
+) -> None:
     """Show one checkpoint (RUN_DIR@REF), the story of a run (RUN_DIR), or what sets several runs apart (RUN_DIR...)."""
     runs = [open_run(reference) for reference in references]
+    if nproc is not None and (which is not None or len(runs) > 1 or runs[0].selector is None):
+        raise UsageError(
+            "--nproc is about one checkpoint",
+            next=f"ckptmgr show {runs[0].run_dir}@{runs[0].selector or 'latest'} --nproc {nproc}",
+        )
     if which is not None and len(runs) == 1:
         _print_config(runs[0], which, as_json=as_json)
     elif which is not None:
@@ -40,18 +51,21 @@ def command(references: Sequence[str], which: Literal["config", "resolved"] | No
     elif runs[0].selector is None:
         _show_run(runs[0], as_json=as_json)
     else:
-        _show_checkpoint(runs[0], runs[0].catalog.resolve(runs[0].selector), as_json=as_json)
+        _show_checkpoint(runs[0], runs[0].catalog.resolve(runs[0].selector), nproc=nproc, as_json=as_json)
 
 
-def _show_checkpoint(run: OpenRun, manifest: Manifest, *, as_json: bool) -> None:
+def _show_checkpoint(run: OpenRun, manifest: Manifest, *, nproc: int | None, as_json: bool) -> None:
     import msgspec
 
     from ckptmgr.cli.output import format_metrics, format_nbytes, format_time, print_json, print_pairs, print_table
+    from ckptmgr.cli.remap import remap
+    from ckptmgr.run.reader import CheckpointReader
 
     facts = run.catalog.facts(manifest.id)
     metrics = {name: metric_to_value(value) for name, value in facts.metrics.items()}
     problems = run.catalog.what_is_missing(manifest)
     entries = _entries(manifest)
+    remapped = [] if nproc is None else remap(CheckpointReader(run.catalog.storage, manifest), nproc)
     if as_json:
         document: dict[str, Any] = {
             "run_dir": run.catalog.storage.url,
@@ -73,6 +87,8 @@ def _show_checkpoint(run: OpenRun, manifest: Manifest, *, as_json: bool) -> None
             "entries": entries,
             "files": [{"path": file.path, "nbytes": file.nbytes, "digest": file.digest} for file in manifest.files],
         }
+        if nproc is not None:
+            document["on_nproc"] = {"nproc": nproc, "entries": [dataclasses.asdict(entry) for entry in remapped]}
         print_json(document)
         return
     continues = manifest.continues
@@ -90,17 +106,18 @@ def _show_checkpoint(run: OpenRun, manifest: Manifest, *, as_json: bool) -> None
             "tags": " ".join(sorted(facts.tags)),
             "line": f"attempt {manifest.attempt}"
             + (f", which continues step {continues.step} of attempt {continues.attempt}" if continues else ""),
-            "ranks": str(manifest.topology.world_size),
+            "ranks": describe_topology(manifest.topology),
             "written with": ", ".join(f"{name} {version}" for name, version in manifest.environment.items()),
         }
     )
     print()
     print_table(
-        ["entry", "handler", "tensors", "size", "dtypes"],
+        ["entry", "handler", "ranks", "tensors", "size", "dtypes"],
         [
             [
                 entry["name"],
                 f"{entry['handler']} v{entry['handler_version']}",
+                entry["scope"] if manifest.topology.world_size > 1 else "",
                 str(entry["ntensors"]),
                 format_nbytes(entry["nbytes"]),
                 " ".join(entry["dtypes"]),
@@ -109,16 +126,18 @@ def _show_checkpoint(run: OpenRun, manifest: Manifest, *, as_json: bool) -> None
         ],
         right=["tensors", "size"],
     )
+    if nproc is not None:
+        print()
+        print_table(["entry", f"on {count_of_ranks(nproc)}"], [[entry.entry, entry.words] for entry in remapped])
     print()
     print_table(["file", "size"], [[file.path, format_nbytes(file.nbytes)] for file in manifest.files], right=["size"])
 
 
 def _entries(manifest: Manifest) -> list[dict[str, Any]]:
-    ntensors: Counter[str] = Counter()
+    scopes = tensor_scopes(manifest)
     nbytes: Counter[str] = Counter()
     dtypes: dict[str, set[str]] = {}
     for tensor in manifest.tensors:
-        ntensors[tensor.entry] += 1
         nbytes[tensor.entry] += tensor.nbytes
         dtypes.setdefault(tensor.entry, set()).add(tensor.logical_dtype or tensor.dtype)
     return [
@@ -126,7 +145,9 @@ def _entries(manifest: Manifest) -> list[dict[str, Any]]:
             "name": entry.name,
             "handler": entry.handler,
             "handler_version": entry.handler_version,
-            "ntensors": ntensors[entry.name],
+            "scope": describe_scope(entry, scopes[entry.name]),
+            "tensor_scopes": dict(scopes[entry.name]),
+            "ntensors": scopes[entry.name].total(),
             "nbytes": nbytes[entry.name],
             "dtypes": sorted(dtypes.get(entry.name, ())),
         }

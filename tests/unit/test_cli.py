@@ -194,7 +194,16 @@ def test_show_of_a_checkpoint_tells_what_is_in_it(run_dir: Path, capsys: Output,
     assert status == 0
     assert (document["step"], document["is_intact"], document["tags"]) == (200, True, ["paper"])
     assert document["entries"] == [
-        {"name": "model", "handler": "module", "handler_version": 1, "ntensors": 2, "nbytes": 64, "dtypes": ["F32"]}
+        {
+            "name": "model",
+            "handler": "module",
+            "handler_version": 1,
+            "scope": "replicated",
+            "tensor_scopes": {"replicated": 2},
+            "ntensors": 2,
+            "nbytes": 64,
+            "dtypes": ["F32"],
+        }
     ]
     assert [Path(file["path"]).name for file in document["files"]] == ["model.safetensors", "state.json"]
     assert run(["show", f"{run_dir}@{selector}"]) == 0
