@@ -104,7 +104,9 @@ def _was_preempted(run_dir: str, *, since: int) -> bool:
         newest = max(catalog.attempts, default=0)
         if newest <= since or "end" not in catalog.attempts[newest]:
             return False
-        return read_attempt_record(catalog.storage, newest, "end", AttemptEnd).outcome == "preempted"
+        end = read_attempt_record(catalog.storage, newest, "end", AttemptEnd)
+        # Who presses Ctrl-C wants no scheduler to start it again, and nothing was saved for it.
+        return end.outcome == "preempted" and not (end.error or "").startswith(KeyboardInterrupt.__name__)
     except (CkptmgrError, FileNotFoundError):
         # How the job ended is then what torchrun says.
         return False

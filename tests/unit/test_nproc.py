@@ -18,6 +18,8 @@ from run_samples import create_run, save, start
 from ckptmgr.cli.main import run
 from ckptmgr.format.layout import attempt_key
 from ckptmgr.format.record import encode_record
+from ckptmgr.launch.job import run_job
+from ckptmgr.launch.relaunch import Relaunch
 from ckptmgr.launch.start_record import describe_start
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.lineage import record_end
@@ -131,6 +133,31 @@ def test_a_configured_job_that_is_told_to_stop_exits_with_75_and_goes_on_elsewhe
     done = ckptmgr("resume", "runs/a", f"loop.epochs={epochs + 1}", "--nproc", "1")
     assert done.returncode == 0, done.stderr
     assert latest("runs/a") == (8 * epochs + 8, 1)
+
+
+# It says what its run says: torchrun exits with 1 for all of these.
+ENDING = """
+import sys
+from ckptmgr.run.catalog import Catalog
+from ckptmgr.run.lineage import claim_attempt, record_end
+from ckptmgr.storage.open import open_storage
+storage = open_storage(sys.argv[1])
+attempt = claim_attempt(storage, Catalog(storage).attempts).attempt
+record_end(storage, attempt, sys.argv[2], step=5, error=sys.argv[3] or None)
+sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("outcome", "error", "status"),
+    [("preempted", "", 75), ("preempted", "KeyboardInterrupt: ", 1), ("failed", "ValueError: x", 1)],
+)
+def test_only_a_job_that_was_told_to_stop_and_has_saved_exits_with_75(
+    project: Path, outcome: str, error: str, status: int
+) -> None:
+    run_dir = str(run_of_a_script(project))
+    job = Relaunch((sys.executable, "-c", ENDING, run_dir, outcome, error), project, {}, has_launcher=True)
+    assert run_job(job, run_dir=run_dir) == status
 
 
 # Without starting anything
