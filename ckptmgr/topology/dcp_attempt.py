@@ -60,21 +60,24 @@ class HeldRun:
         self._step = step
         return checkpoint
 
+    def is_there(self) -> bool:
+        """Say whether the claim is still where it was made: a run may have been removed, and another one made."""
+        try:
+            return read_attempt_record(self.storage, self._claim.attempt, "claim", AttemptClaim) == self._claim
+        except (FileNotFoundError, CorruptCheckpointError):
+            return False
+
     def goes_on_at(self, step: int) -> bool:
         """Say whether a checkpoint of this step continues the attempt.
 
-        It does not if the attempt has ended in a failure, or has saved a later step: then training went back. Nor if
-        the run is not there any more.
+        It does not if the attempt has ended in a failure, or has saved a later step: then training went back.
         """
         if step < self._step:
             return False
         with suppress(FileNotFoundError):
             self.storage.read(attempt_key(self._claim.attempt, "end"))
             return False
-        try:
-            return read_attempt_record(self.storage, self._claim.attempt, "claim", AttemptClaim) == self._claim
-        except (FileNotFoundError, CorruptCheckpointError):
-            return False
+        return True
 
     def end(self, outcome: Outcome, error: str | None = None) -> None:
         """Record how the attempt ended, unless that is recorded."""
@@ -107,11 +110,12 @@ def hold_run(storage: Storage, run_dir: str, *, step: int) -> HeldRun:
         if held is not None:
             # The storage may be another view of the same place.
             held.storage = storage
-            if held.goes_on_at(step):
-                return held
+            if held.is_there():
+                if held.goes_on_at(step):
+                    return held
+                with suppress(CkptmgrError):
+                    held.end("finished")
             del _held[key]
-            with suppress(CkptmgrError):
-                held.end("finished")
         _held[key] = held = _claim(storage, run_dir, step)
         return held
 
@@ -151,6 +155,8 @@ def _end_all() -> None:
         if pid == os.getpid():
             # The process is ending, and so may be what its storage needs.
             with suppress(Exception):
+                if not held.is_there():
+                    continue
                 if error is None:
                     held.end("finished")
                 else:
