@@ -140,8 +140,8 @@ def differences(saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
 
 def _ranks_differ(saved: int, live: int) -> str:
     return (
-        f"it was read by {saved} rank{'s' * (saved != 1)}, each its own batches, and this job has {live}: which samples "
-        "are left cannot be told without an ElasticSampler (or a data set with is_elastic = True)"
+        f"it was read by {saved} rank{'s' * (saved != 1)}, each its own batches, and this job has {live}: which "
+        "samples are left cannot be told without an ElasticSampler (or a data set with is_elastic = True)"
     )
 
 
