@@ -6,7 +6,9 @@ cannot say.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -43,6 +45,9 @@ __all__ = [
 ]
 
 MAX_TENSORS = 1_000_000
+
+# A dimension of a mesh cuts one dimension of a tensor, and meshes have few.
+_MAX_CUT_DIMS = 8
 
 MetricValue: TypeAlias = float | Literal["nan", "inf", "-inf"]
 """JSON has no non-finite numbers, so they are words."""
@@ -308,6 +313,8 @@ def check_manifest(manifest: Manifest) -> None:
         raise ValueError(
             f"{len(manifest.states)} state documents are not those of {manifest.topology.world_size} ranks"
         )
+    if len(set(manifest.states)) != len(manifest.states):
+        raise ValueError("two ranks have one state document")
     names = {entry.name for entry in manifest.entries}
     if len(names) != len(manifest.entries):
         raise ValueError("an entry is listed twice")
@@ -329,7 +336,7 @@ def check_shards(tensors: Iterable[TensorRecord]) -> None:
     """
     whole: dict[tuple[str, str], tuple[tuple[int, ...], str]] = {}
     found: dict[tuple[str, str], int] = {}
-    seen: set[tuple[str, str, tuple[int, ...]]] = set()
+    boxes: dict[tuple[str, str], list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
     for tensor in tensors:
         if tensor.scope != "sharded":
             continue
@@ -341,13 +348,30 @@ def check_shards(tensors: Iterable[TensorRecord]) -> None:
             raise ValueError(f"{where}: the shard of rank {tensor.rank} lies outside of the whole, {shape}")
         if whole.setdefault(key, (shape, tensor.dtype)) != (shape, tensor.dtype):
             raise ValueError(f"{where}: its shards are of different tensors")
-        if (*key, offset) in seen:
-            raise ValueError(f"{where}: two shards begin at {offset}")
-        seen.add((*key, offset))
+        boxes.setdefault(key, []).append((offset, tensor.shape))
         found[key] = found.get(key, 0) + numel(tensor.shape)
     for key, (shape, _) in whole.items():
         if found[key] != numel(shape):
             raise ValueError(f"{'/'.join(key)}: its shards hold {found[key]} of {numel(shape)} elements")
+        if not _is_tiled(shape, boxes[key]):
+            raise ValueError(f"{'/'.join(key)}: its shards overlap, and leave a part of it out")
+
+
+def _is_tiled(whole: tuple[int, ...], boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Say whether boxes, given by offset and shape, cover a whole, each element once.
+
+    How often elements are covered follows from the corners of the boxes alone: with the sign of its parity, each corner
+    of the whole is left over, and all others cancel out. So no pair of boxes is compared.
+    """
+    cut = [dim for dim, size in enumerate(whole) if any(shape[dim] != size for _, shape in boxes)]
+    if len(cut) > _MAX_CUT_DIMS:
+        return False
+    corners: Counter[tuple[int, ...]] = Counter()
+    for sign, offset, shape in ((-1, (0,) * len(whole), whole), *((1, *box) for box in boxes)):
+        for ends in product((0, 1), repeat=len(cut)):
+            corner = tuple(offset[dim] + end * shape[dim] for dim, end in zip(cut, ends, strict=True))
+            corners[corner] += -sign if sum(ends) % 2 else sign
+    return not any(corners.values())
 
 
 def _check_tensor(tensor: TensorRecord, files: tuple[FileRecord, ...]) -> None:
