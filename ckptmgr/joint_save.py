@@ -73,6 +73,8 @@ class JointSaves:
         self._ranks = ranks
         self._on_divergence = on_divergence
         self._known_layouts: list[str] = []
+        self._nplans = 0
+        self._plan_id = 0
         self._mine: frozenset[tuple[str, str]] = frozenset()
         self._is_proved = False
 
@@ -101,6 +103,7 @@ class JointSaves:
             is_checked = self._on_divergence != "off"
             return {
                 "layout": layout_digest(layout),
+                "plan": self._plan_id,
                 "compared": compared_digests(entries, encoders),
                 "content": joined_digest(replica_digests(entries, encoders)) if is_checked else None,
             }
@@ -110,8 +113,9 @@ class JointSaves:
         if self._ranks.world_size == 1:
             return encoders, Share.OF_ONE
         if not told["is_known"]:
-            shares = self._ranks.loop.exchange(f"sharing out {what}", lambda: layout, self._plan)
-            self._mine = frozenset((layout[i][0], layout[i][1]) for i in shares[self._ranks.rank])
+            plan = self._ranks.loop.exchange(f"sharing out {what}", lambda: layout, self._plan)
+            self._mine = frozenset((layout[i][0], layout[i][1]) for i in plan["shares"][self._ranks.rank])
+            self._plan_id = plan["id"]
         if told["has_diverged"]:
             self._tell_divergence(what, entries, encoders)
         own = frozenset((entry, name) for entry, name in told["own"])
@@ -193,19 +197,23 @@ class JointSaves:
     def _compare(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if len(results) == 1:
             return {}
-        first = results[0]["compared"]
-        differing = [key for key in first if any(result["compared"].get(key) != first[key] for result in results)]
+        # Both names may have slashes in them, so they stay two.
+        compared = [{(entry, name): digest for entry, name, digest in result["compared"]} for result in results]
+        differing = [key for key, digest in compared[0].items() if any(c.get(key) != digest for c in compared)]
         return {
-            "is_known": [result["layout"] for result in results] == self._known_layouts,
-            "own": [key.split("/", 1) for key in differing],
+            # A rank that had given rank 0 up does not have the plan that was made without it.
+            "is_known": [result["layout"] for result in results] == self._known_layouts
+            and all(result["plan"] == self._nplans for result in results),
+            "own": differing,
             "has_diverged": len({result["content"] for result in results}) > 1,
         }
 
-    def _plan(self, layouts: Sequence[Layout]) -> list[list[int]]:
+    def _plan(self, layouts: Sequence[Layout]) -> dict[str, Any]:
         refuse_different_layouts(layouts)
         shares = plan_shares(layouts)
         self._known_layouts = [layout_digest(layout) for layout in layouts]
-        return shares
+        self._nplans += 1
+        return {"id": self._nplans, "shares": shares}
 
     def _tell_divergence(self, what: str, entries: Sequence[CapturedEntry], encoders: Sequence[EntryEncoder]) -> None:
         def told(digests: Sequence[Mapping[str, str]]) -> str:

@@ -53,14 +53,14 @@ def replica_digests(entries: Iterable[CapturedEntry], encoders: Iterable[EntryEn
     }
 
 
-def compared_digests(entries: Iterable[CapturedEntry], encoders: Iterable[EntryEncoder]) -> dict[str, str]:
-    """Digest the tensors that are each rank's own only if they differ: ``entry/name`` → digest."""
-    return {
-        f"{entry.name}/{tensor.name}": tensor_digest(tensor.source)
+def compared_digests(entries: Iterable[CapturedEntry], encoders: Iterable[EntryEncoder]) -> list[tuple[str, str, str]]:
+    """Digest the tensors that are each rank's own only if they differ: entry, name and digest of each."""
+    return [
+        (entry.name, tensor.name, tensor_digest(tensor.source))
         for entry, encoder in zip(entries, encoders, strict=True)
         for tensor in encoder.tensors
         if entry.tensor_scopes.get(tensor.name) == "compared"
-    }
+    ]
 
 
 def joined_digest(digests: dict[str, str]) -> str:
