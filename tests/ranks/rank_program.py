@@ -10,7 +10,7 @@ import random
 import signal
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +232,28 @@ def resumes(rank: Rank) -> None:
         dist.barrier()
 
 
+def fills_the_disk(rank: Rank) -> None:
+    """Save at each of three steps; at the second the disk is full, and afterwards there is room again."""
+    ballast = Path(rank.job["run_dir"]).parent / "ballast"
+    with rank.checkpointer() as checkpointer:
+        checkpointer.resume()
+        for _ in range(3):
+            rank.train()
+            if rank.step == 2 and rank.number == 0:
+                with ballast.open("wb", buffering=0) as file, suppress(OSError):
+                    while True:
+                        file.write(bytes(1024))
+            dist.barrier()
+            with rank.told():
+                checkpointer.step(rank.step)
+                checkpointer.save()
+                checkpointer.wait()
+                rank.note(saved=rank.weights())
+            dist.barrier()
+            if rank.number == 0:
+                ballast.unlink(missing_ok=True)
+
+
 def trains(rank: Rank) -> None:
     """Train and save at each step, and note down what a resume has to bring back."""
     with rank.checkpointer(on_divergence=rank.job.get("on_divergence", "warn")) as checkpointer:
@@ -252,7 +274,7 @@ def trains(rank: Rank) -> None:
 
 SCENARIOS: dict[str, Callable[[Rank], None]] = {
     scenario.__name__: scenario
-    for scenario in (saves_with_faults, loses_a_rank, is_told_to_stop, ends_early, resumes, trains)
+    for scenario in (saves_with_faults, loses_a_rank, is_told_to_stop, ends_early, resumes, fills_the_disk, trains)
 }
 
 

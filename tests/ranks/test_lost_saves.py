@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +65,31 @@ def test_a_rank_that_fails_in_a_save_costs_that_save_only(
             assert f"rank {fault['rank']}" in error["text"]
             assert CAUSES[fault["kind"]] in error["text"]
     assert committed(run_dir) == list(range(1, steps + 1, 2))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB, where this process may mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a tmpfs is mounted")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_disk_that_is_full_costs_that_save_only(launcher: Launcher, small_disk: Path, kind: str) -> None:
+    run_dir = small_disk / "run"
+    for outcome in launcher("fills_the_disk", world_size=2, run_dir=str(run_dir), kind=kind):
+        assert outcome.exit_code == 0, outcome.log
+        assert "SaveFailedError" in outcome.error()["classes"]
+        assert "rank" in outcome.error()["text"]
+        assert "No space left on device" in outcome.error()["text"]
+        assert [note["step"] for note in outcome.notes if "saved" in note] == [1, 3]
+    assert committed(run_dir) == [1, 3]
 
 
 def lose(launcher: Launcher, run_dir: Path, world_size: int, kind: str, victim: int) -> list[Outcome]:
