@@ -34,15 +34,9 @@ from ckptmgr.run.verify import verify_checkpoint
 from ckptmgr.state.read_entries import load_entries
 from ckptmgr.testing.faulty import FaultyStorage
 from ckptmgr.testing.memory import MemoryStorage
-from ckptmgr.topology import CheckpointReader, CheckpointWriter, LoadPlanner, SavePlanner, dcp_attempt
+from ckptmgr.topology import CheckpointReader, CheckpointWriter, LoadPlanner, SavePlanner
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def a_process_of_its_own() -> None:
-    """Forget the runs of other tests: all storages in memory are one place by their name."""
-    dcp_attempt._held.clear()
 
 
 def save(storage: Any, step: int, state: dict[str, Any], **options: Any) -> None:
@@ -242,7 +236,6 @@ def test_a_save_that_fails_at_any_operation_commits_nothing_and_the_next_one_is_
     points = probe.points[nbefore:]
     assert points[-1].endswith("manifest.json: done")
     for number, point in enumerate(points, start=1):
-        dcp_attempt._held.clear()
         storage = MemoryStorage()
         save(storage, 1, state)
         faulty = FaultyStorage(storage, fail_at=number)
@@ -375,3 +368,10 @@ def test_a_document_that_contradicts_the_format_is_corrupt_and_not_a_crash() -> 
     ):
         with pytest.raises(CorruptCheckpointError, match="not as the format says"):
             read_names([entry], json.loads(json.dumps(document)), "step 1")
+
+
+def test_a_run_that_was_removed_gets_no_end_of_an_attempt_it_never_had() -> None:
+    save(MemoryStorage(), 1, {"epoch": 1})
+    again = MemoryStorage()  # the same place, emptied
+    save(again, 1, {"epoch": 1})
+    assert "attempts/000001/end.json" not in again.objects
