@@ -296,9 +296,13 @@ class TrainingRun:
             UsageError: No checkpoint of that step is on the line (any more).
         """
         self.wait()
-        found = self._saved.of_step(step, where=self.run_dir)
-        if metrics:
-            self.annotate(found, metrics=metrics)
+
+        def choose() -> str:
+            return str(self._saved.of_step(step, where=self.run_dir))
+
+        # What rank 0 could not delete it still has in mind, and the others have not.
+        found = self._ranks.loop.decide("choosing the checkpoint that takes metrics", choose)
+        self.annotate(CheckpointId.parse(found), metrics=metrics)
 
     def tell_missing_monitor(self, metrics: Mapping[str, float]) -> None:
         """Warn, once, that the monitored metric has no value, where a save knows all metrics of its step."""
