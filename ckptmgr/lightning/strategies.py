@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +56,13 @@ def join_trainer(trainer: Any, *, timeout_s: float) -> Ranks:
     Raises:
         TopologyError: They are not connected by torch.distributed, or one of them did not come.
     """
+    count = os.environ.get("WORLD_SIZE", "")
+    if trainer.world_size == 1 and "RANK" in os.environ and count.isdecimal() and int(count) > 1:
+        raise TopologyError(
+            f"the Trainer has 1 rank, and this job has {count}",
+            why="a launcher has started several processes, and each of them would take the run over from the others",
+            next=f"give it Trainer(strategy='ddp', devices={os.environ.get('LOCAL_WORLD_SIZE', count)})",
+        )
     ranks = join_ranks(timeout_s=timeout_s)
     if ranks.world_size != trainer.world_size:
         ranks.close()

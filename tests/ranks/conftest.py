@@ -8,7 +8,7 @@ ROOM = Path(__file__).parent
 sys.path.insert(0, str(ROOM.parent / "resume"))
 
 from forge import Forge  # noqa: E402
-from launches import Launcher  # noqa: E402
+from job_launcher import Launcher  # noqa: E402
 
 
 @pytest.fixture(scope="session")

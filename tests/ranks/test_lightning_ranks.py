@@ -87,9 +87,12 @@ def test_a_rank_that_is_killed_costs_no_bit(training: Training, straight: Traini
 
 
 def test_sigterm_to_one_rank_stops_all_at_one_step_with_code_75(training: Training, straight: Training) -> None:
-    output = training.start(2, signal=[1, 4])
+    output = training.start(2, signal=[1, 1])
     assert exit_codes(output) == [75, 75]
     (stopped,) = re.findall(r"told to stop, and step (\d+) is saved", output)
+    # The ranks talk at the end of an epoch, if not before. After the last step of all, ranks would differ by design:
+    # DDP gives rank 0's running statistics to the others with the next batch, and a resume does at once.
+    assert int(stopped) <= 4
     assert [max(training.steps(rank)) + 1 for rank in (0, 1)] == [int(stopped)] * 2
     assert f"from step {stopped} " in training.start(2, seed=9)
     assert goes_on_like(training, straight)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launches import Launcher, Outcome
+from job_launcher import Launcher, Outcome
 
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.verify import verify_checkpoint

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from launches import Launcher, Outcome
+from job_launcher import Launcher, Outcome
 
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.storage.local import LocalStorage
