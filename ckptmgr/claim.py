@@ -7,17 +7,15 @@ from typing import Any
 
 from ckptmgr.errors import CheckpointNotFoundError
 from ckptmgr.fork import refuse_cut_off_fork
-from ckptmgr.format.layout import RUN_MARKER, attempt_key
-from ckptmgr.format.manifest import RunMarker
-from ckptmgr.format.record import FORMAT_VERSION, encode_record
+from ckptmgr.format.layout import attempt_key
+from ckptmgr.format.record import encode_record
 from ckptmgr.launch.experiment import current_experiment
 from ckptmgr.launch.requested import hint_at_choice
 from ckptmgr.launch.start_record import describe_start
 from ckptmgr.loading import LoadedCheckpoint, choose_checkpoint
 from ckptmgr.ranks.group import Ranks
 from ckptmgr.run.catalog import Catalog
-from ckptmgr.run.clock import utc_now
-from ckptmgr.run.lineage import claim_attempt
+from ckptmgr.run.lineage import claim_attempt, create_marker
 from ckptmgr.run.reference import Reference
 from ckptmgr.state.sharding import LiveShards
 from ckptmgr.storage.protocol import Storage
@@ -87,7 +85,7 @@ class RunClaim:
         before = self._catalog
         assert before is not None
         if not before.is_run:
-            _create_marker(self._storage, self._run_id or secrets.token_hex(8))
+            create_marker(self._storage, self._run_id or secrets.token_hex(8))
         attempt = claim_attempt(self._storage, before.attempts).attempt
         # Listed again: what was committed before the claim, and only that, can be chosen.
         self._catalog = Catalog(self._storage)
@@ -103,11 +101,3 @@ def _record_start(storage: Storage, attempt: int, run_dir: str) -> None:
         storage.write(attempt_key(attempt, "config"), [experiment.config.encode()])
         storage.write(attempt_key(attempt, "resolved"), [experiment.resolved.encode()])
     storage.write(attempt_key(attempt, "start"), [encode_record(describe_start(run_dir=run_dir))])
-
-
-def _create_marker(storage: Storage, run_id: str) -> None:
-    marker = RunMarker(version=FORMAT_VERSION, run_id=run_id, created_at=utc_now())
-    try:
-        storage.write(RUN_MARKER, [encode_record(marker)], exclusive=True)
-    except FileExistsError:
-        return  # Another process created the same run at the same moment.

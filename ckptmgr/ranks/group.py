@@ -2,7 +2,7 @@
 
 ==============  ====================================================================================================
 ``decide``      rank 0 does something, all get what it returned, or its error
-``gather``      all do something, rank 0 gets what each returned; if one fails, all fail, naming it
+``together``    all do something, each gets what it returned; if one fails, all fail, naming it
 ``exchange``    all do something, rank 0 makes an answer from what they returned, all get the answer
 ==============  ====================================================================================================
 
@@ -83,23 +83,13 @@ class Channel:
         """
         return self.exchange(what, lambda: None, lambda _: job())
 
-    def gather(self, what: str, job: Callable[[], T]) -> list[T] | None:
-        """Run ``job`` on every rank; rank 0 gets all results, by rank, the others None.
+    def together(self, what: str, job: Callable[[], T]) -> T:
+        """Run ``job`` on every rank, and return this rank's own result, of any kind, once all have succeeded.
 
         Raises:
             CkptmgrError: It failed on some ranks; raised on all, naming them. Where all failures are of one class of
                 ours, of that class.
             RankFailure: A rank failed otherwise, or is gone, late, or doing something else.
-        """
-        kept: list[list[T]] = []
-        self.exchange(what, job, lambda results: kept.append(list(results)))
-        return kept[0] if kept else None
-
-    def together(self, what: str, job: Callable[[], T]) -> T:
-        """Run ``job`` on every rank, and return this rank's own result once all have succeeded.
-
-        Raises:
-            CkptmgrError, RankFailure: As `gather`. The results may be of any kind.
         """
         kept: list[T] = []
         self.exchange(what, lambda: kept.append(job()), lambda _: None)
@@ -114,7 +104,7 @@ class Channel:
             answer: Gets the results by rank; returns what JSON holds.
 
         Raises:
-            CkptmgrError, RankFailure: As `gather`, and whatever ``answer`` raises, on every rank.
+            CkptmgrError, RankFailure: As `together`, and whatever ``answer`` raises, on every rank.
         """
         if self.world_size == 1:
             return answer([job()])

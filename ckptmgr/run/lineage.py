@@ -12,14 +12,15 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
 
 from ckptmgr.errors import CorruptCheckpointError, Fenced
-from ckptmgr.format.layout import CheckpointId, attempt_key
-from ckptmgr.format.manifest import AttemptClaim, AttemptEnd, AttemptLine, Continuation, Manifest, Outcome
+from ckptmgr.format.layout import RUN_MARKER, CheckpointId, attempt_key
+from ckptmgr.format.manifest import AttemptClaim, AttemptEnd, AttemptLine, Continuation, Manifest, Outcome, RunMarker
 from ckptmgr.format.record import FORMAT_VERSION, decode_record, encode_record
 from ckptmgr.run.clock import utc_now
 from ckptmgr.storage.protocol import Storage
@@ -27,6 +28,7 @@ from ckptmgr.storage.protocol import Storage
 __all__ = [
     "Line",
     "claim_attempt",
+    "create_marker",
     "read_attempt_record",
     "read_line",
     "record_end",
@@ -36,6 +38,13 @@ __all__ = [
 ]
 
 T = TypeVar("T", bound=msgspec.Struct)
+
+
+def create_marker(storage: Storage, run_id: str) -> None:
+    """Make a location a run, unless another process has done so at the same moment."""
+    marker = RunMarker(version=FORMAT_VERSION, run_id=run_id, created_at=utc_now())
+    with suppress(FileExistsError):
+        storage.write(RUN_MARKER, [encode_record(marker)], exclusive=True)
 
 
 def claim_attempt(storage: Storage, taken: Collection[int], *, is_patient: bool = True) -> AttemptClaim:

@@ -14,15 +14,14 @@ import threading
 from contextlib import suppress
 
 from ckptmgr.errors import CkptmgrError, CorruptCheckpointError
-from ckptmgr.format.layout import RUN_MARKER, CheckpointId, attempt_key
-from ckptmgr.format.manifest import AttemptClaim, Continuation, Outcome, RunMarker
-from ckptmgr.format.record import FORMAT_VERSION, encode_record
+from ckptmgr.format.layout import CheckpointId, attempt_key
+from ckptmgr.format.manifest import AttemptClaim, Continuation, Outcome
+from ckptmgr.format.record import encode_record
 from ckptmgr.launch.cut_off_fork import refuse_cut_off_fork
 from ckptmgr.launch.redact import redact_text, secret_values
 from ckptmgr.launch.start_record import describe_start
 from ckptmgr.run.catalog import Catalog
-from ckptmgr.run.clock import utc_now
-from ckptmgr.run.lineage import claim_attempt, read_attempt_record, record_end, record_line
+from ckptmgr.run.lineage import claim_attempt, create_marker, read_attempt_record, record_end, record_line
 from ckptmgr.storage.protocol import Storage
 
 __all__ = ["HeldRun", "hold_run", "record_failure"]
@@ -137,9 +136,7 @@ def _claim(storage: Storage, run_dir: str, step: int) -> HeldRun:
     _ = before.line
     refuse_cut_off_fork(before, run_dir)
     if not before.is_run:
-        marker = RunMarker(version=FORMAT_VERSION, run_id=before.run_id or secrets.token_hex(8), created_at=utc_now())
-        with suppress(FileExistsError):
-            storage.write(RUN_MARKER, [encode_record(marker)], exclusive=True)
+        create_marker(storage, before.run_id or secrets.token_hex(8))
     claim = claim_attempt(storage, before.attempts)
     # Listed again: what was committed before the claim, and only that, can be continued.
     catalog = Catalog(storage)

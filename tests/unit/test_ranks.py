@@ -61,8 +61,8 @@ def test_values_of_all_ranks_reach_rank_0_and_its_answer_reaches_all(job, world_
     ranks = job(world_size) if world_size > 1 else [Ranks.alone()]
     numbers = list(range(world_size))
     assert on_all(ranks, lambda r: r.loop.decide("a", lambda: {"by": r.rank})) == [{"by": 0}] * world_size
-    gathered = on_all(ranks, lambda r: r.loop.gather("b", lambda: r.rank))
-    assert gathered == [numbers, *[None] * (world_size - 1)]
+    gathered = on_all(ranks, lambda r: r.loop.exchange("b", lambda: r.rank, list))
+    assert gathered == [numbers] * world_size
     assert on_all(ranks, lambda r: r.loop.together("c", lambda: r.rank)) == numbers
     assert on_all(ranks, lambda r: r.loop.exchange("d", lambda: r.rank + 1, sum)) == [sum(numbers) + world_size] * (
         world_size
@@ -108,7 +108,7 @@ def test_the_same_error_on_several_ranks_is_told_once(job):
             if ranks.rank:
                 raise StorageError("no space left")
 
-        return ranks.loop.gather("writing", own)
+        return ranks.loop.together("writing", own)
 
     assert {outcome.what for outcome in on_all(job(3), work)} == {"ranks 1, 2: no space left"}
 
