@@ -16,7 +16,8 @@ class TensorFacts:
     """One tensor of an artifact, without its elements.
 
     Attributes:
-        name: As a model would know it, such as ``layers.0.weight``; of a Lightning checkpoint its key in ``state_dict``.
+        name: As a model would know it, such as ``layers.0.weight``; of a Lightning checkpoint its key in
+            ``state_dict``.
         dtype: In torch's words, such as ``float32``; what is no dtype of torch keeps its own name.
         shape: Sizes of its dimensions, in elements.
         tied_to: Name of the tensor whose memory it shares, where the artifact says so.
