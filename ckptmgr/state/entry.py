@@ -30,6 +30,7 @@ class CapturedEntry:
         scope: Whether it is the same on every rank of the job, or each rank has its own.
         tensor_scopes: Names of tensors (as they stand in the entry's file) of a replicated entry for which that does
             not hold.
+        fingerprint: Digest of what a preprocessor does; None for other entries.
     """
 
     name: str
@@ -38,3 +39,4 @@ class CapturedEntry:
     tree: Any
     scope: EntryScope = "replicated"
     tensor_scopes: Mapping[str, TensorScope] = field(default_factory=dict)
+    fingerprint: str | None = None
