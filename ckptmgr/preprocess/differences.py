@@ -37,8 +37,8 @@ def first_differences(saved_tree: Any, live_tree: Any, *, limit: int = 5) -> lis
         limit: At most so many lines.
 
     Returns:
-        Sentences without a full stop, such as ``normalizer.lowercase is true in the checkpoint, false now``. None if and
-        only if the fingerprints are equal.
+        Sentences without a full stop, such as ``normalizer.lowercase is true in the checkpoint, false now``. Empty if
+        and only if the fingerprints are equal.
     """
     if fingerprint(saved_tree) == fingerprint(live_tree):
         return []

@@ -24,8 +24,8 @@ class DifferingToken:
         sample_index: Which of the samples, from 0.
         sample: The raw input.
         position: Which token of it, from 0; for a tensor the flat index of the element.
-        saved: Text and id of the token by the checkpoint's preprocessor; the text is None where ids have none, the id is
-            None where it gives fewer tokens.
+        saved: Text and id of the token by the checkpoint's preprocessor; the text is None where ids have none, the id
+            is None where it gives fewer tokens.
         live: The same by the live one.
     """
 

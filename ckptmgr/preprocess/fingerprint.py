@@ -29,7 +29,7 @@ _MAX_DEPTH = 8 * MAX_DEPTH
 def fingerprint(tree: Any) -> str:
     """Return 32 hex digits of the SHA-256 of a canonical encoding.
 
-    What counts: types, values, the order of lists and tuples and of `OrderedDict`; of tensors and arrays dtype, shape and
+    What counts: types, values, the order of lists, tuples and `OrderedDict`; of tensors and arrays dtype, shape and
     bits; of files the name and the content. What does not: the order of other dicts and of sets, devices, strides, byte
     order, white space and the order of keys in JSON files, and what skops files say about addresses and versions.
     Integers, floats and truth values differ, as do 0.0 and -0.0; NaNs of Python are one value.

@@ -35,8 +35,8 @@ def capture_preprocessor(value: Any) -> dict[str, Any]:
     """Return a preprocessor with its kind and class as one tree.
 
     Returns:
-        ``{"kind": name, "kind_version": number, "class": "module.qualified_name", "source": digest of the class's source
-        or None, "state": the kind's tree}``.
+        ``{"kind": name, "kind_version": number, "class": "module.qualified_name", "source": digest of the class's
+        source or None, "state": the kind's tree}``.
 
     Raises:
         UnsupportedStateError: It is of no kind, or has a part without stored form.
@@ -102,7 +102,7 @@ def register_kind(kind: PreprocessorKind) -> None:
     if not isinstance(kind, PreprocessorKind):
         raise UsageError(
             f"{kind!r} is no kind of preprocessor",
-            why="a kind has name, version, changes_in_training, handles, capture, build, is_restorable, restore, encode",
+            why="a kind has name, version, changes_in_training, and the methods of PreprocessorKind",
             next="see ckptmgr.preprocess.kind.PreprocessorKind",
         )
     if any(kind.name == known.name for known in (*_BUILT_IN, *_registered)):

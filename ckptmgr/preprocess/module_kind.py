@@ -44,10 +44,10 @@ def module_settings(module: nn.Module, parts: Parts, where: str) -> tuple[dict[s
 class ModuleKind:
     """Any `torch.nn.Module`. Its state may be trained with the model.
 
-    The tree is ``{"class", "source", "modules": {path: {"class", "settings", "omitted"?, "same_as"?}}, "tensors_of":
-    {name: requires_grad}, "ties": {name: first name}, "temporary": {name: tensor}, "state": as ModuleHandler's}``. It is
-    built without calling anybody's constructor: attributes are set as they were. A module with attributes that have no
-    stored form can be restored in place, and not be built.
+    The tree is ``{"class", "source", "modules": {path: {"class", "settings", "omitted"?} or {"same_as"}}, "parameters":
+    {name: requires_grad}, "buffers": [name], "ties": {name: first name}, "temporary": {name: tensor}, "state": as
+    ModuleHandler's}``. It is built without calling anybody's constructor: attributes are set as they were. A module
+    with attributes that have no stored form can be restored in place, and not be built.
     """
 
     name = "module"

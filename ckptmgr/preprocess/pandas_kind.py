@@ -20,7 +20,8 @@ _PLAIN = (bool, int, float, str, bytes, type(None))
 class PandasKind:
     """Statistics in tables, such as means by category.
 
-    A column is ``{"dtype": name, "values": array or list, "missing": array?, "categories": column?, "ordered": bool?}``.
+    A column is ``{"dtype": name, "values": array or list}``, with ``"missing"``, an array of truth values, or with
+    ``"categories"``, a column, and ``"ordered"``.
     The tree is ``{"type": "Index", "name", "column"}``, ``{"type": "Series", "name", "column", "index"}`` or
     ``{"type": "DataFrame", "columns": index, "data": [column, ...], "index": index}``; an index of several levels has
     ``"levels"``, a list of indexes, in place of a column, and a range has ``"range": [start, stop, step]``.
@@ -140,12 +141,8 @@ def _dtype_name(dtype: Any) -> str:
     if is_a(dtype, "pandas", "CategoricalDtype"):
         return "category"
     if is_a(dtype, "pandas", "StringDtype"):
-        # The storage behind it is a matter of what is installed; what stands for a missing text is not.
-        return (
-            "str"
-            if dtype.na_value is not getattr(dtype, "_na_value_of_string", None) and str(dtype) == "str"
-            else "string"
-        )
+        # What the texts are held in is a matter of what is installed.
+        return "str" if str(dtype) == "str" else "string"
     return str(dtype)
 
 

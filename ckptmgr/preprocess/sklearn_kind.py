@@ -53,7 +53,7 @@ class SklearnKind:
             value = skops.loads(content, trusted=untrusted)
             if class_name(value) != tree["class"]:
                 raise CorruptCheckpointError(
-                    f"the preprocessor of the checkpoint is recorded as {tree['class']!r}, and is a {class_name(value)}",
+                    f"the preprocessor of the checkpoint is a {class_name(value)}, recorded as a {tree['class']}",
                     next="the checkpoint was altered; do not load it",
                 )
             return value

@@ -25,7 +25,7 @@ _RESERVED = frozenset(vars(nn.Module())) - {"training"}
 class TransformsKind:
     """Transforms: what was given to their constructors is read back from their attributes.
 
-    The tree is ``{"class": name, "settings": {attribute: value}}``; a transform inside of another stands in the settings
+    The tree is ``{"class": name, "settings": {attribute: value}}``; transforms inside of others stand in the settings
     in the same form.
     """
 
