@@ -11,7 +11,7 @@ from ckptmgr.preprocess.kind import Allow
 from ckptmgr.preprocess.own_methods import called
 from ckptmgr.preprocess.parts import Parts
 from ckptmgr.preprocess.reading import reading_state
-from ckptmgr.preprocess.reviewed import resolve_class
+from ckptmgr.preprocess.reviewed import allowed_class, is_same_class
 
 __all__ = ["DataclassKind"]
 
@@ -45,7 +45,7 @@ class DataclassKind:
     def build(self, tree: Any, allow: Allow) -> Any:
         """Make an instance with the fields."""
         with reading_state(self.name):
-            cls = resolve_class(tree["class"], allow)
+            cls = allowed_class(tree["class"], allow)
             if not dataclasses.is_dataclass(cls):
                 raise CorruptCheckpointError(
                     f"the preprocessor of the checkpoint is a {tree['class']}, which is no dataclass here",
@@ -65,10 +65,10 @@ class DataclassKind:
         Raises:
             StateMismatchError: The classes differ, or the instance is frozen.
         """
-        if not self.is_restorable(value) or tree["class"] != class_name(value):
+        if not self.is_restorable(value) or not is_same_class(value, tree["class"]):
             raise StateMismatchError(
                 f"a {class_name(value)} cannot become the saved {tree['class']} in place",
-                why="it is frozen" if tree["class"] == class_name(value) else "the classes differ",
+                why="it is frozen" if is_same_class(value, tree["class"]) else "the classes differ",
                 next="use the preprocessor of the checkpoint: ckptmgr.load_inference(...).preprocessor",
             )
 

@@ -68,7 +68,7 @@ def _differences(path: str, saved: Any, live: Any) -> Iterator[_Line]:
 def _of_leaves(path: str, saved: Any, live: Any) -> _Line:
     if path.rpartition(".")[2] == "source":
         return _SETTING, "the source of the function or class has changed since the checkpoint"
-    if path in ("kind", "class"):
+    if path == "class":
         return _KIND, f"the preprocessor is a {saved} in the checkpoint, a {live} now"
     rank = _NUMBER if isinstance(saved, (float, np.generic)) else _SETTING
     return rank, f"{path or 'the value'} is {_said(saved)} in the checkpoint, {_said(live)} now"

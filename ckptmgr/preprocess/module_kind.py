@@ -8,19 +8,20 @@ import torch
 from torch import nn
 
 from ckptmgr.errors import CorruptCheckpointError, StateMismatchError, UnsupportedStateError
-from ckptmgr.preprocess.class_names import class_name, source_digest
+from ckptmgr.preprocess.class_names import class_name
 from ckptmgr.preprocess.encoded import as_tensors
 from ckptmgr.preprocess.kind import Allow
 from ckptmgr.preprocess.parts import Parts
 from ckptmgr.preprocess.reading import reading_state
-from ckptmgr.preprocess.reviewed import resolve_class
+from ckptmgr.preprocess.reviewed import is_same_class, resolve_class
 from ckptmgr.state.module import ModuleHandler
 from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.trees import copied_tree
 
 __all__ = ["ModuleKind", "module_settings"]
 
-_RESERVED = frozenset(vars(nn.Module())) - {"training"}
+# The mode is the caller's: what is built is for prediction.
+_RESERVED = frozenset(vars(nn.Module()))
 _HANDLER = ModuleHandler()
 
 
@@ -44,7 +45,7 @@ def module_settings(module: nn.Module, parts: Parts, where: str) -> tuple[dict[s
 class ModuleKind:
     """Any `torch.nn.Module`. Its state may be trained with the model.
 
-    The tree is ``{"class", "source", "modules": {path: {"class", "settings", "omitted"?} or {"same_as"}}, "parameters":
+    The tree is ``{"class", "modules": {path: {"class", "settings", "omitted"?} or {"same_as"}}, "parameters":
     {name: requires_grad}, "buffers": [name], "ties": {name: first name}, "temporary": {name: tensor}, "state": as
     ModuleHandler's}``. It is built without calling anybody's constructor: attributes are set as they were. A module
     with attributes that have no stored form can be restored in place, and not be built.
@@ -78,7 +79,6 @@ class ModuleKind:
         state = _HANDLER.capture(value, ParameterNames.of_state({}))
         return {
             "class": class_name(value),
-            "source": source_digest(type(value)),
             "modules": modules,
             "parameters": {name: p.requires_grad for name, p in value.named_parameters(remove_duplicate=False)},
             "buffers": [name for name in buffers if name in persistent],
@@ -88,7 +88,7 @@ class ModuleKind:
         }
 
     def build(self, tree: Any, allow: Allow) -> nn.Module:
-        """Make a module of the recorded classes, attributes and tensors."""
+        """Make a module of the recorded classes, attributes and tensors, in evaluation mode."""
         with reading_state(self.name):
             modules = {path: self._bare(path, described, allow) for path, described in tree["modules"].items()}
             for path, described in tree["modules"].items():
@@ -102,7 +102,7 @@ class ModuleKind:
             _HANDLER.check(modules[""], tree["state"], ParameterNames.of_state({}))
             _HANDLER.restore(modules[""], copied_tree(tree["state"]), ParameterNames.of_state({}))
             module: nn.Module = modules[""]
-            return module
+            return module.eval()
 
     def is_restorable(self, value: Any) -> bool:
         """Say yes: a module takes a state in place."""
@@ -111,7 +111,7 @@ class ModuleKind:
     def restore(self, value: nn.Module, tree: Any) -> None:
         """Copy the saved tensors into the live module. Its attributes are the program's, and stay."""
         names = ParameterNames.of_state({})
-        if tree["class"] != class_name(value):
+        if not is_same_class(value, tree["class"]):
             raise StateMismatchError(
                 f"the preprocessor of the checkpoint is a {tree['class']}, the live one a {class_name(value)}",
                 next="build the module as in the run that saved",

@@ -9,7 +9,7 @@ from ckptmgr.preprocess.class_names import class_name
 from ckptmgr.preprocess.encoded import as_tensors, cannot_encode
 from ckptmgr.preprocess.kind import Allow
 from ckptmgr.preprocess.reading import reading_state
-from ckptmgr.preprocess.reviewed import resolve_class
+from ckptmgr.preprocess.reviewed import allowed_class, is_same_class
 from ckptmgr.state.trees import copied_tree
 
 __all__ = ["DictKind", "JsonKind", "StatefulKind", "called"]
@@ -52,7 +52,7 @@ class StatefulKind:
     def build(self, tree: Any, allow: Allow) -> Any:
         """Make an object of the class, and load the state."""
         with reading_state(self.name):
-            cls = resolve_class(tree["class"], allow)
+            cls = allowed_class(tree["class"], allow)
             try:
                 value = cls()
             except TypeError as error:
@@ -61,6 +61,8 @@ class StatefulKind:
                     why=f"its constructor needs arguments, which a state dict does not tell: {error}",
                     next="build it in the program and restore into it, or give the class to_dict() and from_dict()",
                 ) from error
+            if not self.handles(value):
+                raise ValueError(f"a {tree['class']} has no state_dict() and load_state_dict()")
             value.load_state_dict(copied_tree(tree["state"]))
             return value
 
@@ -99,7 +101,7 @@ class DictKind:
     def build(self, tree: Any, allow: Allow) -> Any:
         """Let the class make an object."""
         with reading_state(self.name):
-            cls = resolve_class(tree["class"], allow)
+            cls = allowed_class(tree["class"], allow)
             return getattr(cls, self._take)(copied_tree(tree["state"]))
 
     def is_restorable(self, value: Any) -> bool:
@@ -112,7 +114,7 @@ class DictKind:
         Raises:
             StateMismatchError: The classes differ.
         """
-        if tree["class"] != class_name(value) or not self.is_restorable(value):
+        if not is_same_class(value, tree["class"]) or not self.is_restorable(value):
             raise StateMismatchError(
                 f"a {class_name(value)} cannot become the saved {tree['class']} in place",
                 next="use the preprocessor of the checkpoint: ckptmgr.load_inference(...).preprocessor",

@@ -113,6 +113,8 @@ def _built_index(pandas: Any, tree: Any) -> Any:
 
 def _column(array: Any, where: str) -> dict[str, Any]:
     dtype = array.dtype
+    if is_a(dtype, "pandas", "NumpyEADtype"):
+        dtype = dtype.numpy_dtype
     tree: dict[str, Any] = {"dtype": _dtype_name(dtype)}
     if is_a(dtype, "pandas", "CategoricalDtype"):
         tree["values"] = np.array(array.codes)
@@ -130,7 +132,7 @@ def _column(array: Any, where: str) -> dict[str, Any]:
         ]
     elif isinstance(dtype, np.dtype) and dtype.kind in "biufc":
         tree["values"] = array.to_numpy(copy=True)
-    elif getattr(dtype, "kind", "") == "O" and is_a(dtype, "numpy", "dtype", "ObjectDType"):
+    elif isinstance(dtype, np.dtype) and dtype.hasobject:
         tree["values"] = [_plain(item, where) for item in array]
     else:
         raise _unstorable(f"the column {where!r}", f"its dtype is {dtype}")

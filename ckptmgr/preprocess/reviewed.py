@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ckptmgr.errors import CorruptCheckpointError
+from ckptmgr.preprocess.class_names import class_name
 from ckptmgr.preprocess.kind import Allow
 from ckptmgr.preprocess.reading import library
 
-__all__ = ["resolve_class"]
+__all__ = ["allowed_class", "is_same_class", "resolve_class"]
 
 _PLAIN_TYPES = (
     "bool",
@@ -72,6 +73,32 @@ def resolve_class(name: str, allow: Allow) -> type[Any]:
     if not isinstance(found, type):
         raise _no_class(name)
     return found
+
+
+def allowed_class(name: Any, allow: Allow) -> type[Any]:
+    """Return a class that the caller allows, whichever library it is of.
+
+    Raises:
+        CorruptCheckpointError: The name is none of a class.
+        NotAllowedError: Nobody allows it.
+    """
+    found = allow(name) if isinstance(name, str) else None
+    if not isinstance(found, type):
+        raise _no_class(repr(name))
+    return found
+
+
+def is_same_class(value: object, name: Any) -> bool:
+    """Say whether a recorded name means the class of a live object, also where its library has moved it since."""
+    if class_name(value) == name:
+        return True
+    root = type(value).__module__.partition(".")[0]
+    if root not in ("torch", "torchvision", "transformers") or not str(name).startswith(f"{root}."):
+        return False
+    try:
+        return resolve_class(name, lambda _: None) is type(value)
+    except CorruptCheckpointError:
+        return False
 
 
 def _of_torchvision(module: str, last: str) -> Any:

@@ -10,6 +10,7 @@ from ckptmgr.errors import StateMismatchError, UsageError
 from ckptmgr.preprocess.class_names import class_name, is_a
 from ckptmgr.preprocess.kind import Allow
 from ckptmgr.preprocess.reading import library, reading_state
+from ckptmgr.preprocess.reviewed import is_same_class
 from ckptmgr.preprocess.stored_files import checked_file
 from ckptmgr.state.stored_file import StoredFile
 
@@ -54,7 +55,7 @@ class SentencePieceKind:
 
     def restore(self, value: Any, tree: Any) -> None:
         """Load the model into the live processor."""
-        if tree["class"] != class_name(value):
+        if not is_same_class(value, tree["class"]):
             raise StateMismatchError(
                 f"the preprocessor of the checkpoint is a {tree['class']}, the live one a {class_name(value)}",
                 next="make the processor as in the run that saved",

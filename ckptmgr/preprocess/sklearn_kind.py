@@ -9,6 +9,7 @@ from ckptmgr.preprocess.class_names import class_name, is_a, root_packages
 from ckptmgr.preprocess.encoded import batch_of_one, cannot_encode
 from ckptmgr.preprocess.kind import Allow
 from ckptmgr.preprocess.reading import library, reading_state
+from ckptmgr.preprocess.reviewed import is_same_class
 from ckptmgr.preprocess.skops_file import canonical_skops, check_skops
 from ckptmgr.preprocess.stored_files import checked_file
 from ckptmgr.state.stored_file import StoredFile
@@ -68,7 +69,7 @@ class SklearnKind:
         Raises:
             StateMismatchError: The saved one is of another class, or has classes in it that the live one has not.
         """
-        if tree["class"] != class_name(value):
+        if not is_same_class(value, tree["class"]):
             raise StateMismatchError(
                 f"the preprocessor of the checkpoint is a {tree['class']}, the live one a {class_name(value)}",
                 next="build the estimator as in the run that saved",

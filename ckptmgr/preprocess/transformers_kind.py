@@ -10,8 +10,8 @@ from typing import Any
 from ckptmgr.errors import CorruptCheckpointError, StateMismatchError, UnsupportedStateError, UsageError
 from ckptmgr.preprocess.class_names import class_name, is_a
 from ckptmgr.preprocess.kind import Allow
-from ckptmgr.preprocess.reading import library, reading_state
-from ckptmgr.preprocess.reviewed import resolve_class
+from ckptmgr.preprocess.reading import reading_state
+from ckptmgr.preprocess.reviewed import is_same_class, resolve_class
 from ckptmgr.preprocess.stored_files import checked_file, files_of_directory, write_files
 from ckptmgr.state.stored_file import StoredFile
 
@@ -102,7 +102,7 @@ class TransformersKind:
         Raises:
             StateMismatchError: The saved one is of another class.
         """
-        if tree["class"] != class_name(value):
+        if not is_same_class(value, tree["class"]):
             raise StateMismatchError(
                 f"the preprocessor of the checkpoint is a {tree['class']}, the live one a {class_name(value)}",
                 next="load the same kind of tokenizer or processor as in the run that saved",
@@ -113,7 +113,6 @@ class TransformersKind:
 
     def encode(self, value: Any, raw: Any) -> dict[str, Any]:
         """Call it on one raw input; returns a dict of tensors with a batch of one."""
-        library("transformers", extra="ckptmgr[transformers]")
         if is_a(value, "transformers", _TOKENIZER) and not _is_text(raw):
             raise UsageError(
                 f"a tokenizer takes a text or a pair of texts, and got a {type(raw).__name__}",

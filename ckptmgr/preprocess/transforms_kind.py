@@ -15,11 +15,11 @@ from ckptmgr.preprocess.fingerprint import fingerprint
 from ckptmgr.preprocess.kind import Allow
 from ckptmgr.preprocess.parts import Parts
 from ckptmgr.preprocess.reading import reading_state
-from ckptmgr.preprocess.reviewed import resolve_class
+from ckptmgr.preprocess.reviewed import is_same_class, resolve_class
 
 __all__ = ["TransformsKind"]
 
-_RESERVED = frozenset(vars(nn.Module())) - {"training"}
+_RESERVED = frozenset(vars(nn.Module()))
 
 
 class TransformsKind:
@@ -83,7 +83,7 @@ class TransformsKind:
         Raises:
             StateMismatchError: The classes differ, or the saved one holds code that the live one does not.
         """
-        if tree["class"] != class_name(value):
+        if not is_same_class(value, tree["class"]):
             raise StateMismatchError(
                 f"the preprocessor of the checkpoint is a {tree['class']}, the live one a {class_name(value)}",
                 next="build the transform as in the run that saved",
