@@ -14,6 +14,8 @@ __all__ = [
     "CorruptCheckpointError",
     "Fenced",
     "FormatVersionError",
+    "GoldenMismatchError",
+    "GoldenSampleError",
     "IncompatibleLightningError",
     "NotAllowedError",
     "Preempted",
@@ -142,6 +144,18 @@ class StateMismatchError(CkptmgrError):
     """The checkpoint does not fit the live objects. Nothing was changed."""
 
     code = "state-mismatch"
+
+
+class GoldenSampleError(UsageError):
+    """A golden sample cannot be preprocessed, or not be predicted from. Names it by its index."""
+
+    code = "golden-sample"
+
+
+class GoldenMismatchError(CkptmgrError):
+    """A golden sample no longer gives what it gave at the save. Names the stage, the place and both values."""
+
+    code = "golden-mismatch"
 
 
 class UnsupportedStateError(CkptmgrError, TypeError):

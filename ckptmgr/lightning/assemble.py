@@ -39,6 +39,7 @@ __all__ = [
     "check_model",
     "drivers_of",
     "in_names_of",
+    "load_model",
     "numbered",
     "optimizer_order",
     "options_of",
@@ -51,6 +52,7 @@ __all__ = [
 _log = logging.getLogger("ckptmgr")
 
 MODEL, TRAINER, RNG, DATA = "model", "trainer", "rng", "data"
+GOLDEN = "golden"
 METRICS = "metrics"
 """What each rank has logged, in a job of several; one rank has it in the entry of the Trainer."""
 INFERENCE_ENTRIES = (MODEL, TRAINER)
@@ -178,6 +180,19 @@ def check_model(module: Any, loaded: LoadedCheckpoint) -> None:
     if _decides_by_itself(module):
         return
     ModuleHandler().check(module, loaded.entries[MODEL].tree, ParameterNames({MODEL: module}))
+
+
+def load_model(module: Any, loaded: LoadedCheckpoint) -> None:
+    """Put a checkpoint's weights into a LightningModule outside of a Trainer, with the module's own hook.
+
+    Raises:
+        StateMismatchError: Names everything that does not fit.
+    """
+    loaded = in_names_of(module, loaded)
+    check_model(module, loaded)
+    checkpoint = assemble(loaded, module)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
 
 
 def in_names_of(module: Any, loaded: LoadedCheckpoint) -> LoadedCheckpoint:

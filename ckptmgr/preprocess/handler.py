@@ -15,11 +15,15 @@ from ckptmgr.preprocess.kinds import capture_preprocessor, find_kind, is_known_o
 from ckptmgr.preprocess.readable import is_contained, readable
 from ckptmgr.preprocess.reviewed import is_same_class
 from ckptmgr.state.entry import EntryScope
+from ckptmgr.state.handlers import REGISTRY
 from ckptmgr.state.module import ModuleHandler
 from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.trees import copied_tree
 
-__all__ = ["PreprocessorHandler"]
+__all__ = ["PREPROCESSOR", "PreprocessorHandler"]
+
+PREPROCESSOR = "preprocessor"
+"""Name of the entry that holds what belongs to the model, whatever its type."""
 
 _NEXT = (
     "go on with the preprocessor of the checkpoint: ckptmgr.load_inference(...).preprocessor; or, knowingly, with the "
@@ -43,7 +47,7 @@ class PreprocessorHandler:
     name = "preprocessor"
     version = 1
     scope: EntryScope = "replicated"
-    entries = frozenset({"preprocessor"})
+    entries = frozenset({PREPROCESSOR})
 
     def handles(self, value: object) -> bool:
         """Say whether it is a preprocessor of a library of which no other handler knows, such as a tokenizer."""
@@ -52,6 +56,10 @@ class PreprocessorHandler:
     def capture(self, value: Any, names: ParameterNames) -> dict[str, Any]:
         """Return the preprocessor with its kind and class."""
         return capture_preprocessor(value)
+
+    def fingerprint(self, tree: Any) -> str:
+        """Return the digest of what the preprocessor does: of its kind, class and state."""
+        return fingerprint({name: tree[name] for name in ("kind", "class", "state")})
 
     def check(self, value: Any, tree: Any, names: ParameterNames) -> None:
         """Refuse a live preprocessor that contradicts the checkpoint's, and say where."""
@@ -110,3 +118,7 @@ def _another(differences: list[str]) -> StateMismatchError:
         why="\n        ".join(differences),
         next=_NEXT,
     )
+
+
+# Whoever can save a preprocessor has imported this room.
+REGISTRY.build_in(PreprocessorHandler())
