@@ -256,6 +256,7 @@ class TrainingRun:
                     handler_version=e.version,
                     scope=e.scope,
                     fingerprint=e.fingerprint,
+                    classes=dict(e.classes),
                 )
                 for e in entries
             ),

@@ -164,6 +164,7 @@ class EntryRecord(_Record, frozen=True):
     Attributes:
         scope: ``replicated``: rank 0's document holds it for all. ``per-rank``: each rank's document holds its own.
         fingerprint: Digest of what a preprocessor does, 32 hex digits; None for other entries.
+        classes: Code that a module is made of: class → digest of its source, 32 hex digits; None where it has none.
     """
 
     name: str
@@ -171,6 +172,7 @@ class EntryRecord(_Record, frozen=True):
     handler_version: int
     scope: Literal["replicated", "per-rank"] = "replicated"
     fingerprint: str | None = None
+    classes: dict[str, str | None] = {}
 
 
 class Topology(_Record, frozen=True):

@@ -28,6 +28,7 @@ from ckptmgr.state.names import ParameterNames, WrapperPrefixes
 from ckptmgr.state.optimizer import OptimizerHandler
 from ckptmgr.state.renamed_entries import in_live_names
 from ckptmgr.state.sharding import as_live
+from ckptmgr.state.sources import class_sources
 from ckptmgr.state.stateful import SchedulerHandler, StatefulHandler
 from ckptmgr.state.training_options import OnChangedOptions, TrainingOptions
 
@@ -97,6 +98,7 @@ def capture_entries(
         _model_tree(module, checkpoint, names),
         # Only the wrapper around the module knows whether its buffers are sent to all ranks.
         tensor_scopes={} if is_alone else ModuleHandler().tensor_scopes(trainer.strategy.model),
+        classes=class_sources(module),
     )
     optimizer_states: Sequence[Any] = checkpoint.pop("optimizer_states", [])
     checkpoint.pop("lr_schedulers", None)

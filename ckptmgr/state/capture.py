@@ -33,6 +33,7 @@ from ckptmgr.state.handlers import (
 )
 from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.renamed_entries import in_live_names
+from ckptmgr.state.sources import class_sources
 from ckptmgr.state.trees import copied_tree
 
 __all__ = ["CapturedEntry", "capture_state", "check_state", "dry_check", "restore_state"]
@@ -61,7 +62,8 @@ def capture_state(state: Mapping[str, object], *, registry: HandlerRegistry = RE
             raise UnsupportedStateError(f"state[{name!r}]: {error.what}", why=error.why, next=error.next) from error
         scope, tensor_scopes = scopes_of(handler, value)
         mark = fingerprint_of(handler, tree)
-        entries.append(CapturedEntry(name, handler.name, handler.version, tree, scope, tensor_scopes, mark))
+        classes = class_sources(value) if isinstance(value, torch.nn.Module) else {}
+        entries.append(CapturedEntry(name, handler.name, handler.version, tree, scope, tensor_scopes, mark, classes))
     return entries
 
 

@@ -31,6 +31,7 @@ class CapturedEntry:
         tensor_scopes: Names of tensors (as they stand in the entry's file) of a replicated entry for which that does
             not hold.
         fingerprint: Digest of what a preprocessor does; None for other entries.
+        classes: Code that a module is made of: class → digest of its source, or None.
     """
 
     name: str
@@ -40,3 +41,4 @@ class CapturedEntry:
     scope: EntryScope = "replicated"
     tensor_scopes: Mapping[str, TensorScope] = field(default_factory=dict)
     fingerprint: str | None = None
+    classes: Mapping[str, str | None] = field(default_factory=dict)
