@@ -1,5 +1,7 @@
 """Which kind a preprocessor is of, and the kinds of a program's own objects: values, functions, classes, modules."""
 
+import importlib
+import sys
 from collections import Counter, OrderedDict, deque
 from functools import partial
 
@@ -19,6 +21,7 @@ from ckptmgr.errors import (
     UsageError,
 )
 from ckptmgr.preprocess import kinds
+from ckptmgr.preprocess.class_names import source_digest
 from ckptmgr.preprocess.fingerprint import fingerprint
 from ckptmgr.preprocess.kinds import capture_preprocessor, find_kind, kind_of_name, register_kind
 from ckptmgr.preprocess.values_kind import ValuesKind
@@ -209,6 +212,29 @@ def test_a_function_that_has_changed_since_is_not_built():
     tree = capture_preprocessor(halved)
     with pytest.raises(StateMismatchError, match="source has changed"):
         kinds.build_preprocessor(tree, lambda name: scaled)
+
+
+SOURCES = {
+    "as it was": "def f(x):\n    return x + 1\n",
+    "with comments": "def f(x):  # adds\n\n    # one\n    return x + 1  # yes\n",
+    "another number": "def f(x):\n    return x + 2\n",
+    "a text": 'def f(x):\n    return """a\n\n# b"""\n',
+    "another text": 'def f(x):\n    return """a\n\n# c"""\n',
+    "a text without a blank line": 'def f(x):\n    return """a\n# b"""\n',
+}
+
+
+def test_comments_and_blank_lines_do_not_change_a_function_and_all_else_does(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    digests = {}
+    for number, (name, source) in enumerate(SOURCES.items()):
+        (tmp_path / f"source_{number}.py").write_text(source)
+        module = importlib.import_module(f"source_{number}")
+        digests[name] = source_digest(module.f)
+        monkeypatch.delitem(sys.modules, module.__name__)
+    assert digests["as it was"] == digests["with comments"]
+    assert len(set(digests.values())) == len(SOURCES) - 1
+    assert source_digest(len) is None
 
 
 def test_functions_that_nobody_could_import_are_refused_with_a_hint():
