@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import io
 import textwrap
+import tokenize
 from typing import Any
 
 __all__ = ["class_name", "is_a", "object_name", "root_packages", "source_digest"]
@@ -36,11 +38,29 @@ def is_a(value: object, package: str, *names: str) -> bool:
 def source_digest(obj: Any) -> str | None:
     """Return a digest of the source of a class or function; None where there is none to read.
 
-    Indentation of the whole and white space at the ends of lines do not count. What the source calls is not looked at.
+    Comments, blank lines and the indentation of the whole do not count. What the source calls is not looked at.
     """
     try:
         source = inspect.getsource(obj)
     except (OSError, TypeError):
         return None
-    lines = [line.rstrip() for line in textwrap.dedent(source).strip().splitlines()]
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    code = _without_comments(textwrap.dedent(source).strip())
+    return hashlib.sha256(code.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _without_comments(source: str) -> str:
+    lines: list[str | None] = list(source.splitlines())
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    except (tokenize.TokenError, SyntaxError):
+        # The source of a lambda, say, is a part of a line.
+        return source
+    for token in tokens:
+        row, column = token.start
+        line = lines[row - 1] if row <= len(lines) else None
+        if token.type == tokenize.COMMENT and line is not None:
+            lines[row - 1] = line[:column].rstrip()
+        # A line that ends no statement, and not one of a text over several lines.
+        elif token.type == tokenize.NL and line is not None and not line.strip():
+            lines[row - 1] = None
+    return "\n".join(line for line in lines if line is not None)

@@ -22,7 +22,12 @@ _KIND, _SETTING, _TOKEN, _NUMBER = range(4)
 _Line: TypeAlias = tuple[int, str]
 
 # Levels of a tree that say nothing to people.
-_UNSPOKEN = frozenset({"state", "file", "files", "settings", "fields", "options", "modules", "tensors", "column"})
+_UNSPOKEN = frozenset(
+    {"state", "file", "files", "settings", "fields", "options", "modules", "tensors", "column"}
+) | frozenset(
+    # Lists of the steps of scikit-learn's estimators, whose names follow.
+    {"steps", "transformer_list", "transformers", "transformers_"}
+)
 _MAX_TEXT = 60
 _MAX_NAMES = 5
 _WORDS = {True: "true", False: "false", None: "none"}
@@ -60,7 +65,7 @@ def _differences(path: str, saved: Any, live: Any) -> Iterator[_Line]:
         yield from _of_sequences(path, saved, live)
     elif type(saved) is type(live) and isinstance(saved, (set, frozenset)):
         names = (sorted(map(str, saved - live)), sorted(map(str, live - saved)))
-        yield from _of_names(f"entries of {path}" if path else "entries", "entry", *names)
+        yield from _of_names("entry", "entries", *names, path)
     elif fingerprint(saved) != fingerprint(live):
         yield _of_leaves(path, saved, live)
 
@@ -70,7 +75,9 @@ def _of_leaves(path: str, saved: Any, live: Any) -> _Line:
         return _SETTING, "the source of the function or class has changed since the checkpoint"
     if path == "class":
         return _KIND, f"the preprocessor is a {saved} in the checkpoint, a {live} now"
-    rank = _NUMBER if isinstance(saved, (float, np.generic)) else _SETTING
+    # What scikit-learn computed from data ends with an underscore.
+    is_computed = isinstance(saved, np.generic) or "_." in f"{path}.".replace("[", ".")
+    rank = _NUMBER if is_computed else _SETTING
     return rank, f"{path or 'the value'} is {_said(saved)} in the checkpoint, {_said(live)} now"
 
 
@@ -89,7 +96,7 @@ def _of_dicts(path: str, saved: Mapping[Any, Any], live: Mapping[Any, Any]) -> I
     if type(saved) is not type(live):
         yield _SETTING, f"{path or 'the value'} is {describe(saved)} in the checkpoint, {describe(live)} now"
     gone, new = ([str(key) for key in one if key not in other] for one, other in ((saved, live), (live, saved)))
-    yield from _of_names(f"entries of {path}" if path else "entries", "entry", gone, new)
+    yield from _of_names("entry", "entries", gone, new, path)
     for key, item in saved.items():
         if key in live:
             yield from _differences(_joined(path, key), item, live[key])
@@ -112,23 +119,21 @@ def _of_sequences(path: str, saved: Sequence[Any], live: Sequence[Any]) -> Itera
 
 def _of_vocabularies(saved: Mapping[str, int], live: Mapping[str, int]) -> Iterator[_Line]:
     gone, new = [token for token in saved if token not in live], [token for token in live if token not in saved]
-    yield from ((_TOKEN, text) for _, text in _of_names("tokens", "token", gone, new, rank=_TOKEN))
+    yield from _of_names("token", "tokens", gone, new, rank=_TOKEN)
     for token, number in saved.items():
         if token in live and live[token] != number:
             yield _TOKEN, f"token {token!r} has id {number} in the checkpoint, {live[token]} now"
 
 
-def _of_names(several: str, one: str, gone: list[str], new: list[str], *, rank: int = _SETTING) -> Iterator[_Line]:
-    for names, past, present in ((gone, "of the checkpoint", "missing now"), (new, "now", "not in the checkpoint")):
+def _of_names(
+    noun: str, nouns: str, gone: list[str], new: list[str], path: str = "", *, rank: int = _SETTING
+) -> Iterator[_Line]:
+    where = f" of {path}" if path else ""
+    for names, text in ((gone, "of the checkpoint {} missing now"), (new, "{} new, and not in the checkpoint")):
         if names:
-            first, *rest = several.split(" ", 1)
-            noun = " ".join([one if len(names) == 1 else first, *rest])
             listed = ", ".join(map(repr, names[:_MAX_NAMES])) + (", …" if len(names) > _MAX_NAMES else "")
-            verb = "is" if len(names) == 1 else "are"
-            if past == "now":
-                yield rank, f"{len(names)} {noun} {verb} new, and {present}: {listed}"
-            else:
-                yield rank, f"{len(names)} {noun} {past} {verb} {present}: {listed}"
+            said = text.format("is" if len(names) == 1 else "are")
+            yield rank, f"{len(names)} {noun if len(names) == 1 else nouns}{where} {said}: {listed}"
 
 
 def _of_tokenizers(path: str, saved: Mapping[str, Any], live: Mapping[str, Any]) -> Iterator[_Line]:
@@ -137,7 +142,7 @@ def _of_tokenizers(path: str, saved: Mapping[str, Any], live: Mapping[str, Any])
     yield from _of_dicts("", {k: v for k, v in saved.items() if k not in apart}, _without(live, apart))
     added = [{str(token.get("content")): token for token in one.get("added_tokens") or ()} for one in (saved, live)]
     gone, new = ([token for token in one if token not in other] for one, other in (added, added[::-1]))
-    yield from _of_names("tokens that were added", "token", gone, new)
+    yield from _of_names("added token", "added tokens", gone, new)
     for token in added[0]:
         if token in added[1]:
             yield from _differences(f"added token {token!r}", added[0][token], added[1][token])
@@ -178,7 +183,7 @@ def _of_arrays(path: str, saved: Any, live: Any) -> Iterator[_Line]:
     position = np.unravel_index(place, tuple(saved.shape)) if saved.shape else ()
     index = f"[{', '.join(map(str, map(int, position)))}]" if position else ""
     more = f" (and {differing.size - 1} more of {one.size} elements)" if differing.size > 1 else ""
-    yield _NUMBER, f"{where}{index} is {one[first]} in the checkpoint, {other[first]} now{more}"
+    yield _NUMBER, f"{where}{index} is {one[first]!s} in the checkpoint, {other[first]!s} now{more}"
 
 
 def _flat(value: Any) -> np.ndarray[Any, Any]:

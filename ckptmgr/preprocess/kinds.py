@@ -141,7 +141,7 @@ def kind_of_name(name: Any, version: Any) -> PreprocessorKind:
         FormatVersionError: The tree is of a newer version.
     """
     for kind in (*reversed(_registered), *_BUILT_IN):
-        if kind.name == name:
+        if isinstance(name, str) and kind.name == name:
             if type(version) is not int or not 1 <= version <= kind.version:
                 raise FormatVersionError(
                     f"the preprocessor was captured by version {version} of the kind {name!r}",
@@ -157,7 +157,7 @@ def kind_of_name(name: Any, version: Any) -> PreprocessorKind:
 
 def is_known_only_here(value: object) -> bool:
     """Say whether it is a preprocessor of a library of which no other handler of state knows."""
-    return any(kind.handles(value) for kind in (*reversed(_registered), *_ONLY_HERE))
+    return any(kind.handles(value) for kind in _ONLY_HERE)
 
 
 def _own_source(value: object) -> str | None:

@@ -45,7 +45,7 @@ def module_settings(module: nn.Module, parts: Parts, where: str) -> tuple[dict[s
 class ModuleKind:
     """Any `torch.nn.Module`. Its state may be trained with the model.
 
-    The tree is ``{"class", "modules": {path: {"class", "settings", "omitted"?} or {"same_as"}}, "parameters":
+    The tree is ``{"class", "modules": {path: {"class", "settings", ...} or {"same_as"}}, "parameters":
     {name: requires_grad}, "buffers": [name], "ties": {name: first name}, "temporary": {name: tensor}, "state": as
     ModuleHandler's}``. It is built without calling anybody's constructor: attributes are set as they were. A module
     with attributes that have no stored form can be restored in place, and not be built.
@@ -74,6 +74,10 @@ class ModuleKind:
             modules[path] = {"class": class_name(module), "settings": settings}
             if omitted:
                 modules[path]["omitted"] = omitted
+            # A layer without bias has one that is None.
+            for place, named in (("parameters", module._parameters), ("buffers", module._buffers)):
+                if absent := [name for name, item in named.items() if item is None]:
+                    modules[path][f"absent_{place}"] = absent
         persistent = value.state_dict(keep_vars=True)
         buffers = dict(value.named_buffers(remove_duplicate=False))
         state = _HANDLER.capture(value, ParameterNames.of_state({}))
@@ -146,6 +150,10 @@ class ModuleKind:
             if name in _RESERVED or name.startswith("__"):
                 raise ValueError(f"{name!r} is no attribute of a module's own")
             vars(module)[name] = self._parts.build(setting, allow)
+        for name in described.get("absent_parameters", ()):
+            module.register_parameter(name, None)
+        for name in described.get("absent_buffers", ()):
+            module.register_buffer(name, None)
         return module
 
     def _set_tensors(self, modules: dict[str, nn.Module], tree: Any) -> None:

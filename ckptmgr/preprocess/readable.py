@@ -67,7 +67,7 @@ def is_contained(live: Any, saved: Any) -> bool:
         saved: As `readable` gave it.
     """
     if _is_empty(live):
-        return type(live) is type(saved)
+        return isinstance(live, StoredFile) or type(live) is type(saved)
     if isinstance(live, dict) and type(live) is type(saved):
         return all(key in saved and is_contained(item, saved[key]) for key, item in live.items())
     if type(live) in (list, tuple) and type(live) is type(saved):

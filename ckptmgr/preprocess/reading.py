@@ -23,7 +23,10 @@ def reading_state(kind: str) -> Iterator[None]:
         yield
     except CkptmgrError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        # A panic of a library in Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CorruptCheckpointError(
             f"what the checkpoint holds is no state of a preprocessor of the kind {kind!r}",
             why=f"{type(error).__name__}: {str(error)[:500]}",

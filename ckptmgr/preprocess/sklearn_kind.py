@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from ckptmgr.errors import CorruptCheckpointError, StateMismatchError, UnsupportedStateError, UsageError
@@ -38,8 +39,20 @@ class SklearnKind:
         return not isinstance(value, type) and is_a(value, "sklearn", "BaseEstimator")
 
     def capture(self, value: Any) -> dict[str, Any]:
-        """Return the estimator as a skops file that is the same in every process."""
-        return {"class": class_name(value), "file": StoredFile(_FILE, canonical_skops(_dumped(value)))}
+        """Return the estimator as a skops file that is the same in every process.
+
+        Raises:
+            UnsupportedStateError: skops does not know a part, or nobody could find a function in it again.
+        """
+        dumped = _dumped(value)
+        for name in library("skops.io", extra=_EXTRA).get_untrusted_types(data=dumped):
+            if name not in _HARMLESS and not _is_found(name):
+                raise UnsupportedStateError(
+                    f"the {class_name(value)} cannot be stored",
+                    why=f"it holds {name}, which nobody could import again: a lambda, or local to a function",
+                    next="write it at the top of a module",
+                )
+        return {"class": class_name(value), "file": StoredFile(_FILE, canonical_skops(dumped))}
 
     def build(self, tree: Any, allow: Allow) -> Any:
         """Load the file, with classes that skops trusts or the caller allows."""
@@ -105,6 +118,18 @@ class SklearnKind:
                 why=f"{type(error).__name__}: {error}",
                 next="pass one sample as it was in training: a row of numbers, a text, or a dict by column name",
             ) from error
+
+
+def _is_found(name: str) -> bool:
+    """Say whether a name leads somewhere in the modules that are imported; skops keeps no qualified names."""
+    parts = name.split(".")
+    for place in range(len(parts) - 1, 0, -1):
+        found: Any = sys.modules.get(".".join(parts[:place]))
+        if found is not None:
+            for part in parts[place:]:
+                found = getattr(found, part, None)
+            return found is not None
+    return False
 
 
 def _dumped(value: Any) -> bytes:

@@ -135,13 +135,18 @@ def _lasting(file: StoredFile) -> StoredFile:
     document = json.loads(file.content)
     if not isinstance(document, dict):
         return file
-    kept = {key: item for key, item in document.items() if key not in _NO_STATE}
+    kept = {key: item for key, item in document.items() if key not in _NO_STATE and not _is_absent(key, item)}
     if file.name == "tokenizer.json" and "model" in kept:
         # Each call sets these anew from its own arguments: they are those of the last call.
         kept.update({key: None for key in ("truncation", "padding") if key in kept})
     if kept == document:
         return file
     return StoredFile(file.name, json.dumps(kept, ensure_ascii=False, indent=2).encode("utf-8", "surrogatepass"))
+
+
+def _is_absent(key: str, item: Any) -> bool:
+    """Say whether an entry says that there is nothing: loading adds such entries to what a constructor leaves out."""
+    return (item is None and key.endswith("_file")) or (not item and key.endswith("_special_tokens"))
 
 
 def _refuse_places(file: StoredFile) -> None:

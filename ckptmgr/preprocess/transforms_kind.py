@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -114,6 +115,8 @@ class TransformsKind:
 
 
 def _is_transform(cls: type[Any]) -> bool:
+    if issubclass(cls, enum.Enum) or not any("__call__" in vars(base) for base in cls.__mro__):
+        return False
     return any(base.__module__.startswith("torchvision.transforms") for base in cls.__mro__)
 
 

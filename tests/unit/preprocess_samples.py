@@ -45,7 +45,10 @@ def through_codec(tree: Any) -> Any:
         return {_FILE: [item.name, item.content]} if isinstance(item, StoredFile) else item
 
     encoder = EntryEncoder(CapturedEntry("preprocessor", "preprocessor", 1, mapped_tree(tree, without_files)))
-    tensors = {stored.name: torch.as_tensor(stored.source).detach().clone() for stored in encoder.tensors}
+    tensors: dict[str, torch.Tensor] = {}
+    for stored in encoder.tensors:
+        tensor = torch.as_tensor(stored.source).detach().clone()
+        tensors.update(dict.fromkeys((stored.name, *stored.aliases), tensor))
     document = json.loads(json.dumps(encoder.tree, allow_nan=False))
     return _with_files(decode_entry(document, tensors.__getitem__))
 

@@ -121,12 +121,39 @@ def test_a_live_tokenizer_of_transformers_takes_another_state_in_place(tmp_path)
         kind.restore(fast_tokenizer(), kind.capture(saved))
 
 
-def test_a_slow_tokenizer_of_transformers_comes_back(tmp_path):
-    from transformers import CanineTokenizer
+@pytest.mark.parametrize("name", ["CanineTokenizer", "ByT5Tokenizer", "SiglipTokenizer"])
+def test_a_slow_tokenizer_of_transformers_comes_back(name, tmp_path):
+    import transformers
 
-    made = CanineTokenizer()
+    cls = getattr(transformers, name)
+    if name == "SiglipTokenizer":
+        (tmp_path / "spiece.model").write_bytes(sentence_pieces().serialized_model_proto())
+        made = cls(str(tmp_path / "spiece.model"))
+    else:
+        made = cls()
     built = stored_and_built(made)
-    assert same_outputs(encoded(built, "hello"), encoded(made, "hello"))
+    assert same_outputs(encoded(built, "hello Berlin"), encoded(made, "hello Berlin"))
+    assert fingerprint(capture_preprocessor(built)) == fingerprint(capture_preprocessor(made))
+
+
+def test_a_fast_tokenizer_that_was_made_from_a_sentencepiece_model_comes_back(tmp_path):
+    from transformers import T5Tokenizer
+
+    (tmp_path / "spiece.model").write_bytes(sentence_pieces().serialized_model_proto())
+    made = T5Tokenizer.from_pretrained(tmp_path, local_files_only=True)
+    built = stored_and_built(made)
+    assert same_outputs(encoded(built, "hello Berlin"), encoded(made, "hello Berlin"))
+    assert fingerprint(capture_preprocessor(built)) == fingerprint(capture_preprocessor(made))
+
+
+def test_an_image_processor_of_transformers_comes_back():
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    made = ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.25, 0.5, 0.75])
+    built = stored_and_built(made)
+    image = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
+    assert same_outputs(encoded(built, image), encoded(made, image))
+    assert encoded(made, image)["pixel_values"].shape == (1, 3, 8, 8)
 
 
 def test_a_feature_extractor_of_transformers_comes_back():
