@@ -105,7 +105,8 @@ def numbers_from(raw: Array, word: str) -> Array:
         wide: Array = raw.view("<u2").astype("<u4") << 16
         return wide.view("<f4")
     if word == "complex32":
-        return raw.view("<f2").astype("<f4").view("<c8")
+        with np.errstate(invalid="ignore"):
+            return raw.view("<f2").astype("<f4").view("<c8")
     return _table(word).take(raw)
 
 

@@ -111,13 +111,13 @@ class Measure:
         if self._is_bits:
             return
         sizes = [item_nbytes(word) or 1 for word in self._words]
-        for start in range(0, a.size // sizes[0], _STRIDE):
-            parts = [
-                numbers_from(raw[start * size : (start + _STRIDE) * size], word)
-                for raw, size, word in zip((a, b), sizes, self._words, strict=True)
-            ]
-            # Every number that could be too large for its type is looked for afterwards.
-            with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
+        # What is too large for its type, and NaNs that signal, are looked for afterwards.
+        with np.errstate(all="ignore"):
+            for start in range(0, a.size // sizes[0], _STRIDE):
+                parts = [
+                    numbers_from(raw[start * size : (start + _STRIDE) * size], word)
+                    for raw, size, word in zip((a, b), sizes, self._words, strict=True)
+                ]
                 if self._is_integer:
                     self._add_integers(*parts)
                 else:
