@@ -77,7 +77,9 @@ def changes_between_trees(a: Any, b: Any, path: str, *, rank: int | None = None)
     Raises:
         CorruptCheckpointError: A tree is nested deeper than the format allows.
     """
-    yield from _changes(a, b, path, rank, 0)
+    for tree in (a, b):
+        _refuse_endless(tree)
+    yield from _changes(a, b, path, rank)
 
 
 def renamed_tree(tree: Any, prefixes: Mapping[str, str]) -> Any:
@@ -87,17 +89,17 @@ def renamed_tree(tree: Any, prefixes: Mapping[str, str]) -> Any:
         CorruptCheckpointError: It is nested deeper than the format allows.
     """
 
-    def renamed(value: Any, depth: int) -> Any:
-        _check_depth(depth)
+    def renamed(value: Any) -> Any:
         if isinstance(value, str):
             return next((new + value[len(old) :] for old, new in prefixes.items() if value.startswith(old)), value)
         if isinstance(value, list):
-            return [renamed(item, depth + 1) for item in value]
+            return [renamed(item) for item in value]
         if isinstance(value, dict):
-            return {renamed(key, depth): renamed(item, depth + 1) for key, item in value.items()}
+            return {renamed(key): renamed(item) for key, item in value.items()}
         return value
 
-    return renamed(tree, 0)
+    _refuse_endless(tree)
+    return renamed(tree)
 
 
 def paths_of_tree(tree: Any, path: str) -> Iterator[str]:
@@ -107,20 +109,19 @@ def paths_of_tree(tree: Any, path: str) -> Iterator[str]:
         CorruptCheckpointError: It is nested deeper than the format allows.
     """
 
-    def paths(value: Any, path: str, depth: int) -> Iterator[str]:
-        _check_depth(depth)
+    def paths(value: Any, path: str) -> Iterator[str]:
         yield path
         found = _children(value)
         if found is not None:
             for key, item in found[1].items():
-                yield from paths(item, f"{path}/{key}", depth + 1)
+                yield from paths(item, f"{path}/{key}")
 
-    return paths(tree, path, 0)
+    _refuse_endless(tree)
+    return paths(tree, path)
 
 
-def _changes(a: Any, b: Any, path: str, rank: int | None, depth: int) -> Iterator[ValueChange]:
-    _check_depth(depth)
-    if (a is _GONE or b is _GONE) and _holds_tensors_alone(b if a is _GONE else a, depth):
+def _changes(a: Any, b: Any, path: str, rank: int | None) -> Iterator[ValueChange]:
+    if (a is _GONE or b is _GONE) and _holds_tensors_alone(b if a is _GONE else a):
         # That a tensor came or went is told where tensors are.
         return
     inner, other = _children(a), _children(b)
@@ -138,7 +139,7 @@ def _changes(a: Any, b: Any, path: str, rank: int | None, depth: int) -> Iterato
         yield from summary
         return
     for key in children | others:
-        yield from _changes(children.get(key, _GONE), others.get(key, _GONE), f"{path}/{key}", rank, depth + 1)
+        yield from _changes(children.get(key, _GONE), others.get(key, _GONE), f"{path}/{key}", rank)
 
 
 def _of_a_long_list(
@@ -184,12 +185,11 @@ def _children(value: Any) -> tuple[str, dict[str, Any]] | None:
     return tag, _numbered(content)
 
 
-def _holds_tensors_alone(value: Any, depth: int) -> bool:
-    _check_depth(depth)
+def _holds_tensors_alone(value: Any) -> bool:
     if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in ("$tensor", "$array", "$sparse"):
         return True
     found = _children(value)
-    return found is not None and bool(found[1]) and all(_holds_tensors_alone(x, depth + 1) for x in found[1].values())
+    return found is not None and bool(found[1]) and all(_holds_tensors_alone(item) for item in found[1].values())
 
 
 def _numbered(items: list[Any]) -> dict[str, Any]:
@@ -241,10 +241,21 @@ def _words(value: Any) -> str:
     return _text(value)
 
 
-def _check_depth(depth: int) -> None:
-    if depth > _MAX_DEPTH:
-        raise CorruptCheckpointError(
-            "a state document is nested deeper than the format allows",
-            why=f"values stand more than {_MAX_DEPTH} levels deep",
-            next="it was not written by ckptmgr: do not trust it",
-        )
+def _refuse_endless(tree: Any) -> None:
+    """Refuse what would be too deep to walk; what the parser lets pass may still be that."""
+    level = [tree]
+    for _ in range(_MAX_DEPTH):
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                inner.extend(value.values())
+            elif isinstance(value, list):
+                inner.extend(value)
+        if not inner:
+            return
+        level = inner
+    raise CorruptCheckpointError(
+        "a state document is nested deeper than the format allows",
+        why=f"values stand more than {_MAX_DEPTH} levels deep",
+        next="it was not written by ckptmgr: do not trust it",
+    )
