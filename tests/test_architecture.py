@@ -130,6 +130,8 @@ def test_a_file_can_be_read_in_five_minutes(path: Path) -> None:
         "ckptmgr.run.life",
         "ckptmgr.cli.ls",
         "ckptmgr.cli.show",
+        "ckptmgr.cli.diff",
+        "ckptmgr.diff",
         "ckptmgr.cli.remap",
         "ckptmgr.run.overview",
         "ckptmgr.storage.open",

@@ -76,7 +76,8 @@ def decode_record(data: bytes, kind: type[T], *, where: str, max_nbytes: int = M
     _refuse_newer(value.get("version") if isinstance(value, dict) else None, where)
     try:
         return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeError) as error:
+        # Half of a surrogate pair, escaped, is text to a JSON parser, and none to whoever wants UTF-8 of it.
         raise _corrupt(where, f"a field is not as the format says: {error}") from error
 
 
