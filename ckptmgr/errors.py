@@ -12,6 +12,7 @@ __all__ = [
     "CkptmgrError",
     "ConfigError",
     "CorruptCheckpointError",
+    "EnvironmentDriftError",
     "Fenced",
     "FormatVersionError",
     "IncompatibleLightningError",
@@ -142,6 +143,12 @@ class StateMismatchError(CkptmgrError):
     """The checkpoint does not fit the live objects. Nothing was changed."""
 
     code = "state-mismatch"
+
+
+class EnvironmentDriftError(CkptmgrError):
+    """The environment is not that of the run, in a way that may matter, and it was asked to be strict about it."""
+
+    code = "drift"
 
 
 class UnsupportedStateError(CkptmgrError, TypeError):
