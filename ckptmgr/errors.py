@@ -12,6 +12,7 @@ __all__ = [
     "CkptmgrError",
     "ConfigError",
     "CorruptCheckpointError",
+    "EnvironmentDriftError",
     "Fenced",
     "FormatVersionError",
     "GoldenMismatchError",
@@ -156,6 +157,12 @@ class GoldenMismatchError(CkptmgrError):
     """A golden sample no longer gives what it gave at the save. Names the stage, the place and both values."""
 
     code = "golden-mismatch"
+
+
+class EnvironmentDriftError(CkptmgrError):
+    """The environment is not that of the run, in a way that may matter, and it was asked to be strict about it."""
+
+    code = "drift"
 
 
 class UnsupportedStateError(CkptmgrError, TypeError):

@@ -26,6 +26,7 @@ __all__ = ["COMMANDS", "main", "run"]
 COMMANDS = {
     "completion": "Print the script that makes a shell complete what is typed.",
     "diff": "Compare two checkpoints: configuration, code, state and weights.",
+    "doctor": "Say what a file is, why it does not load, and what to do.",
     "ls": "List the checkpoints of a run, or the runs of a directory.",
     "prune": "Delete the checkpoints that no policy keeps.",
     "resume": "Start a run again, where it stopped.",
