@@ -73,6 +73,8 @@ class Checkpointer:
             checkpoint, and names those that the program builds otherwise; ``apply`` goes on with the program's.
         storage_options: Passed to the storage. Never recorded.
         background: Write while training goes on. False makes each save wait until it is durable.
+        strict_environment: Refuse to go on where versions or code have changed since the checkpoint in a way that may
+            matter. By default that is told, and training goes on.
         on_divergence: In a job of several ranks: ``warn`` compares digests of parameters and moments that all ranks
             should hold alike, at each save, and names what differs; ``raise`` saves nothing then; ``off`` never looks.
         ranks_timeout: How long a rank may be waited for. In seconds, or a `timedelta`.
@@ -112,6 +114,7 @@ class Checkpointer:
         on_changed_options: OnChangedOptions = "keep",
         storage_options: Mapping[str, Any] | None = None,
         background: bool = True,
+        strict_environment: bool = False,
         on_divergence: OnDivergence = "warn",
         ranks_timeout: timedelta | float = DEFAULT_TIMEOUT_S,
     ) -> None:
@@ -146,6 +149,7 @@ class Checkpointer:
             background=check_switch(background, of="background"),
             check=lambda loaded: self._loop.check(loaded, self._selection),
             on_divergence=checked_divergence(on_divergence),
+            strict_environment=check_switch(strict_environment, of="strict_environment"),
         )
         self._selection: Selection | None = None
         self._schedule = Schedule(trigger)

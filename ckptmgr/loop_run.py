@@ -124,7 +124,7 @@ class LoopRun:
         try:
             # A state that could never be saved takes no run over, and creates none.
             prove_state(ranks, prove)
-            run = self._open_run(resume=resume, ranks=ranks, shards=self._loop.shards())
+            run = self._open_run(resume=resume, ranks=ranks, shards=self._loop.shards(), classes=self._loop.classes())
         except BaseException as error:
             self._part(error)
             raise

@@ -27,6 +27,7 @@ from ckptmgr.state.rng import capture_rng, restore_rng
 from ckptmgr.state.selected import SelectedState, select_state
 from ckptmgr.state.selection import Selection, SelectionReport
 from ckptmgr.state.sharding import LiveShards
+from ckptmgr.state.sources import class_sources
 from ckptmgr.state.training_options import OnChangedOptions, TrainingOptions
 from ckptmgr.storage.open import open_storage
 
@@ -101,6 +102,11 @@ class LoopObjects:
     def optimizers(self) -> list[Optimizer]:
         """The optimizers among the user's objects."""
         return [value for value in self._state.values() if isinstance(value, Optimizer)]
+
+    def classes(self) -> dict[str, str | None]:
+        """Return the code that the user's modules are made of: class → digest of its source."""
+        modules = [value for value in self._state.values() if isinstance(value, torch.nn.Module)]
+        return {cls: source for module in modules for cls, source in class_sources(module).items()}
 
     def shards(self) -> LiveShards:
         """Return the sharded parameters of the user's modules."""

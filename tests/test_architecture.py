@@ -30,7 +30,7 @@ FLOORS = [
         "preprocess",
         "diagnose",
     },
-    {"claim", "joint_save", "saved_so_far", "schedule", "golden", "diff"},
+    {"claim", "joint_save", "saved_so_far", "schedule", "golden", "diff", "resume_drift"},
     {"training_run", "loop_state"},
     {"loop_run"},
     {"checkpointer"},

@@ -24,9 +24,9 @@ _GRADES: tuple[Grade, ...] = ("breaking", "warning", "info")
 _RELEASE = re.compile(r"\D{0,2}(\d{1,9})(?:\.(\d{1,9}))?(?:\.(\d{1,9}))?")
 # What explains most failures to load comes first.
 _ORDER = (
-    "format", "ckptmgr", "torch", "lightning", "pytorch-lightning", "config", "git", "transformers", "torchdata",
-    "scikit-learn", "skops", "tokenizers", "sentencepiece", "numpy", "pandas", "safetensors", "accelerate", "python",
-    "cuda", "machine",
+    "format", "ckptmgr", "torch", "lightning", "pytorch-lightning", "config", "code", "git", "transformers",
+    "torchdata", "scikit-learn", "skops", "tokenizers", "sentencepiece", "numpy", "pandas", "safetensors", "accelerate",
+    "python", "cuda", "machine",
 )  # fmt: skip
 _LIGHTNINGS = ("lightning", "pytorch-lightning")
 _NEEDED_TO_RESTORE = {"torchdata", "transformers", "tokenizers", "sentencepiece", "scikit-learn", "skops", *_LIGHTNINGS}
@@ -140,8 +140,8 @@ def grade(then: Mapping[str, str], now: Mapping[str, str]) -> list[Drift]:
 
     Args:
         then: As it was recorded: package → version, and beside those ``python``, ``cuda``, ``machine``, ``format``,
-            ``git.commit``, ``git.changes`` and ``config.KEY``. What was not recorded is not compared, but for
-            ``config.``.
+            ``git.commit``, ``git.changes``, ``code.CLASS`` (digest of its source) and ``config.KEY``. What was not
+            recorded is not compared, but for ``config.``.
         now: The same of this process. A package that is not installed is not in it.
     """
     names = dict.fromkeys((*then, *(name for name in now if name.startswith("config."))))
@@ -194,6 +194,8 @@ def _judge(name: str, then: str | None, now: str | None) -> tuple[Grade, str]:
         return "warning", "the code is not the one that wrote it: classes, layers and defaults may have changed"
     if name == "git.changes":
         return "warning", "what is not committed is not what it was"
+    if name.startswith("code."):
+        return "warning", "the source of this class is not what it was"
     if name == "machine":
         return "info", "another kind of processor: numbers may differ in their last bits"
     if now is None:

@@ -38,6 +38,7 @@ from ckptmgr.state.divergence import OnDivergence, checked_divergence
 from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.rng import capture_rng
 from ckptmgr.state.selection import Selection, SelectionReport
+from ckptmgr.state.sources import class_sources
 from ckptmgr.state.training_options import OnChangedOptions, checked_mode
 from ckptmgr.training_run import RUN_DIR_VARIABLE, Monitor, TrainingRun
 
@@ -85,6 +86,8 @@ class CheckpointManager(RunView):
             starts go on from by themselves is restored whole.
         storage_options: Passed to the storage. Never recorded.
         background: Write while training goes on. False makes each save wait until it is durable.
+        strict_environment: Refuse to go on where versions or code have changed since the checkpoint in a way that may
+            matter. By default that is told, and training goes on.
         on_divergence: In a job of several ranks: ``warn`` compares digests of parameters and moments that all ranks
             should hold alike, at each save, and names what differs; ``raise`` saves nothing then; ``off`` never looks.
         ranks_timeout: How long a rank may be waited for. In seconds, or a `timedelta`.
@@ -128,6 +131,7 @@ class CheckpointManager(RunView):
         selection: Selection | None = None,
         storage_options: Mapping[str, Any] | None = None,
         background: bool = True,
+        strict_environment: bool = False,
         on_divergence: OnDivergence = "warn",
         ranks_timeout: timedelta | float = DEFAULT_TIMEOUT_S,
         **others: Any,
@@ -159,6 +163,7 @@ class CheckpointManager(RunView):
         self._preprocessor, self._golden = KeptPreprocessor(preprocessor), as_golden(golden)
         self._background = check_switch(background, of="background")
         self._on_divergence = checked_divergence(on_divergence)
+        self._strict_environment = check_switch(strict_environment, of="strict_environment")
         self._ranks_timeout_s = parse_duration(ranks_timeout, of="CheckpointManager(ranks_timeout)")
         self._ranks: Ranks | None = None
         self._is_overridden = bool(os.environ.get(RUN_DIR_VARIABLE))
@@ -220,6 +225,7 @@ class CheckpointManager(RunView):
             ranks,
             preprocessor=self._preprocessor,
             on_changed_options=self._on_changed_options,
+            strict_environment=self._strict_environment,
             storage_options=self._storage_options,
             is_overridden=self._is_overridden,
             selection=self._selection,
@@ -364,6 +370,8 @@ class CheckpointManager(RunView):
             ranks=self._ranks,
             shards=ParameterNames({MODEL: self._trainer.lightning_module}).shards(),
             on_divergence=self._on_divergence,
+            classes=class_sources(self._trainer.lightning_module),
+            strict_environment=self._strict_environment,
         )
 
     def _join(self, trainer: Any) -> Ranks:

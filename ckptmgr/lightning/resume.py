@@ -29,12 +29,14 @@ from ckptmgr.lightning.selecting import TrainerSelection, restore_selected
 from ckptmgr.lightning.trainer_metrics import restore_metrics
 from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
 from ckptmgr.ranks.group import Ranks
+from ckptmgr.resume_drift import tell_drift
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.reference import Reference, parse_reference
 from ckptmgr.state.entry import CapturedEntry
 from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.rng import capture_rng
 from ckptmgr.state.selection import Selection, SelectionReport
+from ckptmgr.state.sources import class_sources
 from ckptmgr.state.training_options import OnChangedOptions
 from ckptmgr.state.trees import copied_tree
 from ckptmgr.storage.open import open_storage
@@ -59,6 +61,7 @@ class Resume:
         ranks: The processes of the job.
         preprocessor: The manager's.
         on_changed_options: What to do about options that differ from the checkpoint's.
+        strict_environment: Refuse to go on where the environment differs from the checkpoint's.
         storage_options: For reading other runs.
         is_overridden: ``ckptmgr resume`` says which run it is; what the script says does not count.
         selection: What to restore of a checkpoint that is named. What this run's own starts go on from by themselves is
@@ -83,6 +86,7 @@ class Resume:
         *,
         preprocessor: KeptPreprocessor,
         on_changed_options: OnChangedOptions,
+        strict_environment: bool,
         storage_options: Mapping[str, Any] | None,
         is_overridden: bool = False,
         selection: Selection | None = None,
@@ -101,6 +105,7 @@ class Resume:
         self._preprocessor = preprocessor
         self._on_changed_options = on_changed_options
         self._storage_options = storage_options
+        self._strict_environment = strict_environment
         self._is_overridden = is_overridden
         self._selection = selection
         self._is_named = False
@@ -242,8 +247,14 @@ class Resume:
             self.loaded = self.run.continued
             return
         shards = ParameterNames({MODEL: self._trainer.lightning_module}).shards()
-        self.loaded = load_checkpoint(
+        loaded = self.loaded = load_checkpoint(
             reference, storage_options=self._storage_options, ranks=self._ranks, shards=shards
+        )
+        classes = class_sources(self._trainer.lightning_module)
+        storage = open_storage(reference.run_dir, storage_options=self._storage_options)
+        self._ranks.loop.decide(
+            "comparing the environment with the checkpoint's",
+            lambda: tell_drift(storage, loaded, classes, strict=self._strict_environment),
         )
         self.run = self._open_run("never")
 
