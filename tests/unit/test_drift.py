@@ -16,7 +16,7 @@ from ckptmgr.diagnose.drift import TESTED_LIGHTNING, Drift, drift_lines, grade, 
 from ckptmgr.diagnose.then_and_now import environment_now, environment_then
 from ckptmgr.errors import EnvironmentDriftError
 from ckptmgr.format.layout import attempt_key
-from ckptmgr.format.record import NEWEST_VERSION, encode_record
+from ckptmgr.format.record import encode_record
 from ckptmgr.launch.git import GitState
 from ckptmgr.launch.start_record import describe_start
 from ckptmgr.lightning.compat import TESTED_VERSIONS
