@@ -60,6 +60,8 @@ class PreprocessorHandler:
         live = capture_preprocessor(value)
         if saved_kind.name != kind.name or not is_same_class(value, tree["class"]):
             raise _another(first_differences({"class": tree["class"]}, {"class": live["class"]}))
+        if None not in (tree["source"], live["source"]) and tree["source"] != live["source"]:
+            _log.warning("the source of the preprocessor's class %s has changed since the checkpoint", live["class"])
         if isinstance(value, nn.Module) and kind.changes_in_training:
             _check_module(value, tree["state"], live["state"], names)
         elif not kind.changes_in_training:

@@ -106,7 +106,7 @@ def test_a_contradiction_is_refused_with_the_first_differences(tmp_path):
     assert "mean_[0]" in refused(StandardScaler().fit(ROWS + 1), StandardScaler().fit(ROWS))
     assert "size is 3" in refused(Window(2), Window(3))
     assert "function" in refused(scaled, halved)
-    assert "'a' has id 0" in refused({"a": 1, "b": 0}, {"a": 0, "b": 1})
+    assert "'a' has id 0" in refused({"a": 1, "b": 0, "c": 2}, {"a": 0, "b": 1, "c": 2})
 
 
 def test_a_live_preprocessor_with_more_than_the_checkpoint_is_refused():
@@ -127,7 +127,15 @@ def test_another_class_is_refused():
 
 
 def test_a_token_called_class_is_a_token():
-    assert "'class'" in refused({"class": 1, "b": 0}, {"class": 0, "b": 1})
+    assert "class is 0 in the checkpoint, 1 now" in refused({"class": 1, "b": 0}, {"class": 0, "b": 1})
+
+
+def test_a_class_whose_source_has_changed_is_told_and_not_refused(caplog):
+    tree = captured(Window(3))
+    tree["source"] = "0" * 32
+    with caplog.at_level(logging.WARNING, logger="ckptmgr"):
+        HANDLER.check(Window(3), tree, NAMES)
+    assert "preprocess_functions.Window has changed" in caplog.text
 
 
 def test_a_module_is_restored_like_a_model():

@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from functools import partial
 
 import numpy as np
@@ -120,6 +120,7 @@ VALUES = {
     "tuple": ("b", "a"),
     "counter": Counter({"b": 3, "a": 3}),
     "ordered": OrderedDict([("b", 1), ("a", 0)]),
+    "default": defaultdict(list, {"a": [1]}),
     "set": {"a", "b", 3},
     "deque": deque([1, 2], maxlen=2),
     "numbers as keys": {0: "a", 1: "b", (1, 2): None},
@@ -159,8 +160,9 @@ def test_a_vocabulary_encodes_tokens_and_never_replaces_one_silently():
         kind.encode(vocabulary, ["hello", "World"])
     with pytest.raises(UsageError, match="not yet split"):
         kind.encode(vocabulary, "hello world")
-    with pytest.raises(UsageError, match="encode="):
-        kind.encode(VALUES["statistics"], ["a"])
+    for value in (VALUES["statistics"], VALUES["counter"]):
+        with pytest.raises(UsageError, match="encode="):
+            kind.encode(value, ["a"])
 
 
 def test_an_entry_for_unknown_tokens_counts_where_the_caller_names_it():

@@ -200,6 +200,7 @@ TABLES = {
     "nullable": pd.DataFrame({"i": pd.array([1, None], dtype="Int64"), "b": pd.array([None, True], dtype="boolean")}),
     "objects": pd.DataFrame({"o": [1, "a"], 7: [True, False]}),
     "levels": pd.DataFrame({"x": [1, 2]}, index=pd.MultiIndex.from_tuples([("a", 1), ("b", 2)], names=["k", "n"])),
+    "a range as a level": pd.DataFrame({"x": [1, 2]}, index=pd.MultiIndex.from_arrays([pd.RangeIndex(2), ["a", "b"]])),
     "twice": pd.DataFrame([[1, 2.5]], columns=["x", "x"]),
     "empty": pd.DataFrame({"x": np.empty(0, np.int64)}),
 }
