@@ -79,13 +79,16 @@ def test_a_tokenizer_that_names_other_files_is_refused(config, tmp_path):
         build_preprocessor(tree, nobody)
 
 
-def test_code_that_comes_with_a_tokenizer_is_never_used(tmp_path, trap):
+@pytest.mark.parametrize("where", ["at the top", "inside"])
+def test_code_that_comes_with_a_tokenizer_is_refused(where, tmp_path, trap):
     tree = capture_preprocessor(bert_tokenizer(tmp_path))
-    config = {"auto_map": {"AutoTokenizer": ["trapped.Evil", None]}, "tokenizer_class": "Evil"}
+    code = {"auto_map": {"AutoTokenizer": ["trapped.Evil", None]}}
+    config = {"tokenizer_class": "Evil", **(code if where == "at the top" else {"image_processor": [code]})}
     files = tree["state"]["files"]
     files["tokenizer_config.json"] = StoredFile("tokenizer_config.json", json.dumps(config).encode())
     files["trapped.py"] = StoredFile("trapped.py", b"raise SystemExit('caught')\n")
-    build_preprocessor(tree, nobody)
+    with pytest.raises(CorruptCheckpointError, match="auto_map"):
+        build_preprocessor(tree, nobody)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ from ckptmgr.preprocess.class_names import source_digest
 from ckptmgr.preprocess.fingerprint import fingerprint
 from ckptmgr.preprocess.kinds import capture_preprocessor, find_kind, kind_of_name, register_kind
 from ckptmgr.preprocess.values_kind import ValuesKind
+from ckptmgr.state.capture import dry_check
+from ckptmgr.state.entry import CapturedEntry
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +141,13 @@ def test_values_come_back_with_types_and_order(name):
     assert fingerprint(built) == fingerprint(value)
     if isinstance(value, (dict, list, tuple)):
         assert list(built) == list(value)
+
+
+@pytest.mark.parametrize(
+    "value", [*VALUES.values(), halved, partial(scaled, factor=2.0), Window(3), Running(), Words(["a"]), Table(1.0)]
+)
+def test_the_proof_of_the_first_capture_accepts_it(value):
+    dry_check([CapturedEntry("preprocessor", "preprocessor", 1, capture_preprocessor(value))])
 
 
 def test_what_is_built_shares_nothing_with_the_tree():
