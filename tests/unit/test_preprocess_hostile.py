@@ -158,6 +158,16 @@ def test_a_class_that_skops_does_not_trust_needs_leave_whatever_the_protocol(tra
         build_preprocessor(with_schema(change), nobody)
 
 
+@pytest.mark.parametrize("name", ["numpy.dtype", "numpy.mean", "builtins.frozenset"])
+def test_what_is_harmless_for_one_loader_is_not_for_another(name):
+    def change(schema):
+        node = next(node for node in nodes_of(schema) if node.get("__class__") == "StandardScaler")
+        node["__module__"], node["__class__"] = name.split(".")
+
+    with pytest.raises(NotAllowedError, match=name):
+        build_preprocessor(with_schema(change), only(halved))
+
+
 def test_every_node_of_a_skops_file_that_is_turned_into_foreign_code_is_refused(trap):
     count = len(
         list(nodes_of(json.loads(check_skops(with_schema(lambda _: None)["state"]["file"].content)["schema.json"])))
