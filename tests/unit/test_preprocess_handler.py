@@ -119,6 +119,14 @@ def test_a_part_of_what_cannot_change_is_refused():
     assert refused(("a",), ("a", "b"))
 
 
+def test_several_preprocessors_in_a_dict_are_compared_and_not_filled():
+    resumed({"t": tokenizer(), "f": halved}, {"t": tokenizer(), "f": halved})
+    assert "tokens of the checkpoint are missing now" in refused({"t": Tokenizer(models.BPE())}, {"t": tokenizer()})
+    assert refused({"t": tokenizer()}, {"t": tokenizer(), "f": halved}) == (
+        "1 entry of the checkpoint is missing now: 'f'"
+    )
+
+
 def test_another_class_is_refused():
     why = refused(TfidfVectorizer(), StandardScaler())
     assert "StandardScaler in the checkpoint" in why
