@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -71,9 +72,9 @@ def _differences(path: str, saved: Any, live: Any) -> Iterator[_Line]:
 
 
 def _of_leaves(path: str, saved: Any, live: Any) -> _Line:
-    if path.rpartition(".")[2] == "source":
+    if path.rpartition(".")[2] == "source" and all(map(_is_digest, (saved, live))):
         return _SETTING, "the source of the function or class has changed since the checkpoint"
-    if path == "class":
+    if path == "class" and isinstance(saved, str):
         return _KIND, f"the preprocessor is a {saved} in the checkpoint, a {live} now"
     # What scikit-learn computed from data ends with an underscore.
     is_computed = isinstance(saved, np.generic) or "_." in f"{path}.".replace("[", ".")
@@ -99,7 +100,7 @@ def _of_dicts(path: str, saved: Mapping[Any, Any], live: Mapping[Any, Any]) -> I
     yield from _of_names("entry", "entries", gone, new, path)
     for key, item in saved.items():
         if key in live:
-            yield from _differences(_joined(path, key), item, live[key])
+            yield from _differences(_joined(path, key, in_kind="class" in saved), item, live[key])
     if isinstance(saved, OrderedDict) and isinstance(live, OrderedDict) and not gone and not new:
         orders = [", ".join(map(str, list(one)[:8])) for one in (saved, live)]
         if list(saved) != list(live):
@@ -205,6 +206,10 @@ def _same_elements(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> An
     return same_numbers | (np.isnan(one) & np.isnan(other))
 
 
+def _is_digest(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and re.fullmatch("[0-9a-f]{32}", value) is not None)
+
+
 def _is_number_array(value: Any) -> bool:
     return isinstance(value, torch.Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufc")
 
@@ -220,7 +225,7 @@ def _is_vocabulary(saved: Mapping[Any, Any], live: Mapping[Any, Any]) -> bool:
         return all(type(key) is str and type(item) is int for key, item in value.items())
 
     def is_dense(value: Mapping[Any, Any]) -> bool:
-        return len(value) > 1 and len(set(value.values())) == len(value) and max(value.values()) <= len(value)
+        return len(value) > 2 and len(set(value.values())) == len(value) and max(value.values()) <= len(value)
 
     return bool(saved or live) and maps(saved) and maps(live) and (is_dense(saved) or is_dense(live))
 
@@ -244,12 +249,12 @@ def _merge(item: Any) -> str:
     return repr(item if isinstance(item, str) else " ".join(map(str, item)))
 
 
-def _joined(path: str, key: Any) -> str:
+def _joined(path: str, key: Any, *, in_kind: bool) -> str:
     if not isinstance(key, str):
         return f"{path}[{key!r}]"
     # A path of a submodule is written as it is; files and levels of a tree say nothing.
     if (
-        (key in _UNSPOKEN and "." not in path)
+        (key in _UNSPOKEN and (in_kind or "." not in path))
         or key.startswith("ckptmgr:")
         or key.endswith((".json", ".skops", ".txt"))
     ):

@@ -68,7 +68,7 @@ def _digest(value: Any, depth: int) -> bytes:
     return _hash("value", json.dumps(encode_value(value, ("preprocessor",)), sort_keys=True).encode())
 
 
-def _hash(tag: str, *parts: bytes) -> bytes:
+def _hash(tag: str, *parts: bytes | memoryview) -> bytes:
     digest = hashlib.sha256(f"{tag}:{len(parts)}:".encode())
     for part in parts:
         digest.update(b"%d:" % len(part))
@@ -121,10 +121,13 @@ def _tensor(tensor: torch.Tensor) -> bytes:
     tensor = tensor.cpu().resolve_conj().resolve_neg().contiguous()
     name = str(tensor.dtype).removeprefix("torch.")
     data = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
-    return _hash("tensor", name.encode(), _shape(tensor.shape), data.tobytes())
+    return _hash("tensor", name.encode(), _shape(tensor.shape), data.data)
 
 
 def _array(tag: str, array: np.ndarray[Any, Any]) -> bytes:
+    if array.dtype.names is not None:
+        # Field by field: what lies between them is nobody's.
+        return _hash(tag, *(_hash(name, _array(tag, array[name])) for name in array.dtype.names))
     if array.dtype.hasobject or array.dtype.kind not in "biufcSUMm":
         raise UnsupportedStateError(
             f"a preprocessor's NumPy array is of the type {array.dtype}",

@@ -12,6 +12,7 @@ from ckptmgr.errors import StateMismatchError
 from ckptmgr.preprocess.differences import first_differences
 from ckptmgr.preprocess.fingerprint import fingerprint
 from ckptmgr.preprocess.kinds import capture_preprocessor, find_kind, is_known_only_here, kind_of_name
+from ckptmgr.preprocess.parts import has_parts
 from ckptmgr.preprocess.readable import is_contained, readable
 from ckptmgr.preprocess.reviewed import is_same_class
 from ckptmgr.state.entry import EntryScope
@@ -68,13 +69,17 @@ class PreprocessorHandler:
         live = capture_preprocessor(value)
         if saved_kind.name != kind.name or not is_same_class(value, tree["class"]):
             raise _another(first_differences({"class": tree["class"]}, {"class": live["class"]}))
+        if None not in (tree["source"], live["source"]) and tree["source"] != live["source"]:
+            _log.warning("the source of the preprocessor's class %s has changed since the checkpoint", live["class"])
         if isinstance(value, nn.Module) and kind.changes_in_training:
             _check_module(value, tree["state"], live["state"], names)
         elif not kind.changes_in_training:
             saved_state, live_state = _nameless(tree), _nameless(live)
             if fingerprint(saved_state) == fingerprint(live_state):
                 return
-            if not (kind.is_restorable(value) and is_contained(readable(live_state), readable(saved_state))):
+            # What holds other preprocessors is built, and not filled: that would need leave to import their code.
+            can_be_filled = kind.is_restorable(value) and not has_parts(saved_state)
+            if not (can_be_filled and is_contained(readable(live_state), readable(saved_state))):
                 raise _another(first_differences(saved_state, live_state))
 
     def restore(self, value: Any, tree: Any, names: ParameterNames) -> None:

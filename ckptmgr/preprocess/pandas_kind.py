@@ -92,19 +92,25 @@ def _name(name: Any) -> Any:
 def _index(index: Any) -> dict[str, Any]:
     tree: dict[str, Any] = {"type": "Index", "name": _name(index.name)}
     if is_a(index, "pandas", "MultiIndex"):
-        tree["levels"] = [_index(index.get_level_values(level)) for level in range(index.nlevels)]
+        levels = [index.get_level_values(level) for level in range(index.nlevels)]
+        # As columns, also where one is a range: the length of a range is not that of any data.
+        tree["levels"] = [_named_column(level) for level in levels]
     elif is_a(index, "pandas", "RangeIndex"):
         tree["range"] = [index.start, index.stop, index.step]
     else:
-        tree["column"] = _column(index.array, f"index {index.name}")
+        return _named_column(index)
     return tree
+
+
+def _named_column(index: Any) -> dict[str, Any]:
+    return {"type": "Index", "name": _name(index.name), "column": _column(index.array, f"index {index.name}")}
 
 
 def _built_index(pandas: Any, tree: Any) -> Any:
     if tree["type"] != "Index":
         raise ValueError(f"{tree['type']!r} is no index")
     if "levels" in tree:
-        levels = [_built_index(pandas, level) for level in tree["levels"]]
+        levels = [pandas.Index(_array(pandas, level["column"]), name=level["name"]) for level in tree["levels"]]
         return pandas.MultiIndex.from_arrays(levels, names=[level.name for level in levels])
     if "range" in tree:
         return pandas.RangeIndex(*tree["range"], name=tree["name"])

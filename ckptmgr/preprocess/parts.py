@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import enum
 import pathlib
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -82,7 +82,9 @@ class Parts:
         kind = type(value)
         if isinstance(value, enum.Enum):
             return {_ENUM: [object_name(kind), value.name]}
-        if kind in (set, frozenset, Counter, deque) or isinstance(value, (*_LEAVES, torch.Tensor, np.ndarray)):
+        if kind in (set, frozenset, Counter, defaultdict, deque) or isinstance(
+            value, (*_LEAVES, torch.Tensor, np.ndarray)
+        ):
             return value
         if kind in (list, tuple):
             return kind(self._captured(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value))

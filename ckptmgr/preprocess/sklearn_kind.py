@@ -11,7 +11,7 @@ from ckptmgr.preprocess.encoded import batch_of_one, cannot_encode
 from ckptmgr.preprocess.kind import Allow
 from ckptmgr.preprocess.reading import library, reading_state
 from ckptmgr.preprocess.reviewed import is_same_class
-from ckptmgr.preprocess.skops_file import canonical_skops, check_skops
+from ckptmgr.preprocess.skops_file import canonical_skops, check_skops, loaders_of
 from ckptmgr.preprocess.stored_files import checked_file
 from ckptmgr.state.stored_file import StoredFile
 
@@ -19,8 +19,20 @@ __all__ = ["SklearnKind"]
 
 _FILE = "preprocessor.skops"
 _EXTRA = "ckptmgr[sklearn]"
-# Plain values that skops does not list among those that it trusts.
-_HARMLESS = frozenset({"builtins.frozenset", "builtins.complex", "builtins.range"})
+_SCORES = "sklearn.feature_selection._univariate_selection"
+# What skops does not trust by itself and was reviewed here, with the loader in which it is harmless: plain values, and
+# functions of numbers, which a loader of functions only looks up.
+_REVIEWED = {
+    "builtins.frozenset": "ConstructorFromReduceNode",
+    "numpy.dtype": "DTypeNode",
+    **{f"numpy.{name}": "FunctionNode" for name in ("max", "mean", "median", "min", "sum")},
+    **{
+        f"{_SCORES}.{name}": "FunctionNode"
+        for name in ("chi2", "f_classif", "f_oneway", "f_regression", "r_regression")
+    },
+    "sklearn.feature_selection._mutual_info.mutual_info_classif": "FunctionNode",
+    "sklearn.feature_selection._mutual_info.mutual_info_regression": "FunctionNode",
+}
 
 
 class SklearnKind:
@@ -46,7 +58,7 @@ class SklearnKind:
         """
         dumped = _dumped(value)
         for name in library("skops.io", extra=_EXTRA).get_untrusted_types(data=dumped):
-            if name not in _HARMLESS and not _is_found(name):
+            if not _is_found(name):
                 raise UnsupportedStateError(
                     f"the {class_name(value)} cannot be stored",
                     why=f"it holds {name}, which nobody could import again: a lambda, or local to a function",
@@ -60,9 +72,9 @@ class SklearnKind:
             content = checked_file(tree["file"], name=_FILE).content
             check_skops(content)
             skops = library("skops.io", extra=_EXTRA)
-            untrusted = skops.get_untrusted_types(data=content)
+            untrusted, loaders = skops.get_untrusted_types(data=content), loaders_of(content)
             for name in untrusted:
-                if name not in _HARMLESS:
+                if loaders.get(name) != {_REVIEWED.get(name)}:
                     allow(name)
             value = skops.loads(content, trusted=untrusted)
             if class_name(value) != tree["class"]:

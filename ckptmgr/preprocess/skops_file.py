@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["canonical_skops", "check_skops", "readable_skops"]
+__all__ = ["canonical_skops", "check_skops", "loaders_of", "readable_skops"]
 
 _SCHEMA = "schema.json"
 _MAX_DEPTH = 200
@@ -65,6 +65,21 @@ def canonical_skops(data: bytes) -> bytes:
             _add(archive, new, _stored(content) if old.endswith(".npz") else content)
         _add(archive, _SCHEMA, json.dumps(schema, separators=(",", ":")).encode())
     return stream.getvalue()
+
+
+def loaders_of(data: bytes) -> dict[str, set[str]]:
+    """Return what the file names, each with the loaders that would load it."""
+    found: dict[str, set[str]] = {}
+
+    def look(node: Any) -> None:
+        if _is_node(node):
+            found.setdefault(f"{node['__module__']}.{node['__class__']}", set()).add(node["__loader__"])
+        if isinstance(node, (dict, list)):
+            for item in node.values() if isinstance(node, dict) else node:
+                look(item)
+
+    look(json.loads(_members(data)[_SCHEMA]))
+    return found
 
 
 def readable_skops(data: bytes) -> Any:

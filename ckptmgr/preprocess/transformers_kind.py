@@ -1,4 +1,4 @@
-"""Tokenizers, image processors and feature extractors of transformers: the files of ``save_pretrained``."""
+"""Tokenizers, image processors, feature extractors and processors of transformers: the files of ``save_pretrained``."""
 
 from __future__ import annotations
 
@@ -18,17 +18,24 @@ from ckptmgr.state.stored_file import StoredFile
 __all__ = ["TransformersKind"]
 
 _TOKENIZER = "PreTrainedTokenizerBase"
-_OTHERS = ("FeatureExtractionMixin", "ImageProcessingMixin", "BaseImageProcessor", "PreTrainedFeatureExtractor")
+_OTHERS = (
+    "ProcessorMixin",
+    "FeatureExtractionMixin",
+    "ImageProcessingMixin",
+    "BaseImageProcessor",
+    "PreTrainedFeatureExtractor",
+)
 # Attributes that a program may set, and that not every release writes into the files.
 _SETTINGS = ("model_max_length", "padding_side", "truncation_side")
-# Where something was loaded from, or by which release it was written, is no part of what it does.
+_CODE = "auto_map"
+# Where something was loaded from, with which code, or by which release it was written, is no part of what it does.
 _NO_STATE = frozenset(
-    {"name_or_path", "_name_or_path", "is_local", "local_files_only", "transformers_version", "_commit_hash"}
+    {"name_or_path", "_name_or_path", "is_local", "local_files_only", "transformers_version", "_commit_hash", _CODE}
 )
 
 
 class TransformersKind:
-    """What ``save_pretrained`` writes for a tokenizer, fast or slow, an image processor or a feature extractor.
+    """What ``save_pretrained`` writes for a tokenizer, fast or slow, and for processors of images, audio or several.
 
     The tree is ``{"class": name, "files": {name: StoredFile}, "settings": {name: plain value}}``.
     """
@@ -112,14 +119,18 @@ class TransformersKind:
         vars(value).update(vars(saved))
 
     def encode(self, value: Any, raw: Any) -> dict[str, Any]:
-        """Call it on one raw input; returns a dict of tensors with a batch of one."""
+        """Call it on one raw input; returns a dict of tensors with a batch of one.
+
+        A processor of several inputs takes a dict of its arguments, such as ``{"text": ..., "images": ...}``.
+        """
         if is_a(value, "transformers", _TOKENIZER) and not _is_text(raw):
             raise UsageError(
                 f"a tokenizer takes a text or a pair of texts, and got a {type(raw).__name__}",
                 next="pass the text itself, or pass encode=, a function of the preprocessor and the raw input",
             )
-        encoded = value(*raw, return_tensors="pt") if isinstance(raw, tuple) else value(raw, return_tensors="pt")
-        return dict(encoded)
+        if isinstance(raw, dict) and is_a(value, "transformers", "ProcessorMixin"):
+            return dict(value(**raw, return_tensors="pt"))
+        return dict(value(*raw, return_tensors="pt") if isinstance(raw, tuple) else value(raw, return_tensors="pt"))
 
 
 def _is_text(raw: Any) -> bool:
@@ -136,12 +147,21 @@ def _lasting(file: StoredFile) -> StoredFile:
     if not isinstance(document, dict):
         return file
     kept = {key: item for key, item in document.items() if key not in _NO_STATE and not _is_absent(key, item)}
+    if file.name.endswith("_config.json"):
+        kept = {key: _without_code(item) for key, item in kept.items()}
     if file.name == "tokenizer.json" and "model" in kept:
         # Each call sets these anew from its own arguments: they are those of the last call.
         kept.update({key: None for key in ("truncation", "padding") if key in kept})
     if kept == document:
         return file
     return StoredFile(file.name, json.dumps(kept, ensure_ascii=False, indent=2).encode("utf-8", "surrogatepass"))
+
+
+def _without_code(item: Any) -> Any:
+    """Leave out, in the settings of the parts of a processor, which code of their own they came with."""
+    if isinstance(item, dict):
+        return {key: _without_code(inner) for key, inner in item.items() if key != _CODE}
+    return [_without_code(inner) for inner in item] if isinstance(item, list) else item
 
 
 def _is_absent(key: str, item: Any) -> bool:
@@ -156,6 +176,12 @@ def _refuse_places(file: StoredFile) -> None:
     document = json.loads(file.content)
     if not isinstance(document, dict):
         raise ValueError(f"{file.name} is no JSON object")
+    if _without_code(document) != document:
+        raise CorruptCheckpointError(
+            f"{file.name} of the preprocessor names code of its own, with {_CODE!r}",
+            why="a checkpoint holds no code, and none is loaded because it names some",
+            next="the checkpoint was altered; do not load it",
+        )
     for key, item in document.items():
         names_a_file = key.endswith(("_file", "_files")) and item
         if names_a_file or (key == "init_inputs" and item):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +18,7 @@ from ckptmgr.state.trees import copied_tree
 
 __all__ = ["ValuesKind", "is_vocabulary"]
 
-_CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set, frozenset, deque)
+_CONTAINERS = (dict, OrderedDict, Counter, defaultdict, list, tuple, set, frozenset, deque)
 
 
 class ValuesKind:
@@ -57,7 +57,7 @@ class ValuesKind:
 
     def is_restorable(self, value: Any) -> bool:
         """Say whether the container can change."""
-        return type(value) in (dict, OrderedDict, Counter, list, set, deque)
+        return type(value) in (dict, OrderedDict, Counter, defaultdict, list, set, deque)
 
     def restore(self, value: Any, tree: Any) -> None:
         """Make the container equal to the saved one.
@@ -107,7 +107,8 @@ class ValuesKind:
 
 def is_vocabulary(value: Any) -> bool:
     """Say whether it maps tokens to ids: a dict of text to number, or a list of different texts."""
-    if isinstance(value, dict):
+    # A counter maps tokens to numbers too, but they are no ids.
+    if isinstance(value, dict) and not isinstance(value, Counter):
         return bool(value) and all(type(key) is str and type(item) is int for key, item in value.items())
     is_list = type(value) in (list, tuple) and bool(value)
     return is_list and all(type(token) is str for token in value) and len(set(value)) == len(value)

@@ -155,6 +155,16 @@ def test_a_module_is_told_by_settings_and_then_tensors():
     assert lines[1].startswith("0.bias[1] is ")
 
 
+def test_deep_parts_of_a_module_are_told_by_their_path():
+    def deep(p):
+        return nn.Sequential(nn.Sequential(nn.Sequential(nn.Dropout(p))))
+
+    assert told(deep(0.1), deep(0.2)) == ["0.0.0.p is 0.1 in the checkpoint, 0.2 now"]
+    saved, live = ({"a": {"b": {"c": [tokenizer(lowercase=lowercase)]}}} for lowercase in (True, False))
+    assert told(saved, live)[0] == "normalizer.lowercase is true in the checkpoint, false now"
+    assert told({"x": [Window(2)]}, {"x": [Window(3)]}) == ["x[0].size is 2 in the checkpoint, 3 now"]
+
+
 def test_functions_dataclasses_and_kinds_are_told():
     assert told(halved, scaled)[0] == "function is 'preprocess_functions.halved' in the checkpoint, " + (
         "'preprocess_functions.scaled' now"

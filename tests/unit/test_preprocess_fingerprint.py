@@ -50,6 +50,8 @@ MEANINGS = {
     "scalar": np.float64(1.0),
     "array of texts": np.array(["a"]),
     "array of bytes": np.array([b"a"]),
+    "array of records": np.zeros(1, dtype="i4,f4"),
+    "array of other records": np.zeros(1, dtype=[("f0", "i4"), ("f2", "f4")]),
     "array of moments": np.array(["2020"], "M8[s]"),
     "tensor": torch.tensor([1.0], dtype=torch.float64),
     "brain float": torch.tensor([1.0], dtype=torch.bfloat16),
@@ -155,7 +157,7 @@ def test_a_tokenizer_keeps_its_fingerprint_and_a_setting_changes_it():
     assert fingerprint(capture_preprocessor(made)) == before
 
 
-@pytest.mark.parametrize("value", [object(), np.array([object()]), [lambda: 0], np.zeros(1, dtype="i4,f4")])
+@pytest.mark.parametrize("value", [object(), np.array([object()]), [lambda: 0], np.zeros(1, dtype="V4")])
 def test_what_has_no_fixed_bytes_is_refused(value):
     with pytest.raises(UnsupportedStateError):
         fingerprint(value)

@@ -106,7 +106,7 @@ def test_a_contradiction_is_refused_with_the_first_differences(tmp_path):
     assert "mean_[0]" in refused(StandardScaler().fit(ROWS + 1), StandardScaler().fit(ROWS))
     assert "size is 3" in refused(Window(2), Window(3))
     assert "function" in refused(scaled, halved)
-    assert "'a' has id 0" in refused({"a": 1, "b": 0}, {"a": 0, "b": 1})
+    assert "'a' has id 0" in refused({"a": 1, "b": 0, "c": 2}, {"a": 0, "b": 1, "c": 2})
 
 
 def test_a_live_preprocessor_with_more_than_the_checkpoint_is_refused():
@@ -119,6 +119,14 @@ def test_a_part_of_what_cannot_change_is_refused():
     assert refused(("a",), ("a", "b"))
 
 
+def test_several_preprocessors_in_a_dict_are_compared_and_not_filled():
+    resumed({"t": tokenizer(), "f": halved}, {"t": tokenizer(), "f": halved})
+    assert "tokens of the checkpoint are missing now" in refused({"t": Tokenizer(models.BPE())}, {"t": tokenizer()})
+    assert refused({"t": tokenizer()}, {"t": tokenizer(), "f": halved}) == (
+        "1 entry of the checkpoint is missing now: 'f'"
+    )
+
+
 def test_another_class_is_refused():
     why = refused(TfidfVectorizer(), StandardScaler())
     assert "StandardScaler in the checkpoint" in why
@@ -127,7 +135,15 @@ def test_another_class_is_refused():
 
 
 def test_a_token_called_class_is_a_token():
-    assert "'class'" in refused({"class": 1, "b": 0}, {"class": 0, "b": 1})
+    assert "class is 0 in the checkpoint, 1 now" in refused({"class": 1, "b": 0}, {"class": 0, "b": 1})
+
+
+def test_a_class_whose_source_has_changed_is_told_and_not_refused(caplog):
+    tree = captured(Window(3))
+    tree["source"] = "0" * 32
+    with caplog.at_level(logging.WARNING, logger="ckptmgr"):
+        HANDLER.check(Window(3), tree, NAMES)
+    assert "preprocess_functions.Window has changed" in caplog.text
 
 
 def test_a_module_is_restored_like_a_model():

@@ -79,13 +79,16 @@ def test_a_tokenizer_that_names_other_files_is_refused(config, tmp_path):
         build_preprocessor(tree, nobody)
 
 
-def test_code_that_comes_with_a_tokenizer_is_never_used(tmp_path, trap):
+@pytest.mark.parametrize("where", ["at the top", "inside"])
+def test_code_that_comes_with_a_tokenizer_is_refused(where, tmp_path, trap):
     tree = capture_preprocessor(bert_tokenizer(tmp_path))
-    config = {"auto_map": {"AutoTokenizer": ["trapped.Evil", None]}, "tokenizer_class": "Evil"}
+    code = {"auto_map": {"AutoTokenizer": ["trapped.Evil", None]}}
+    config = {"tokenizer_class": "Evil", **(code if where == "at the top" else {"image_processor": [code]})}
     files = tree["state"]["files"]
     files["tokenizer_config.json"] = StoredFile("tokenizer_config.json", json.dumps(config).encode())
     files["trapped.py"] = StoredFile("trapped.py", b"raise SystemExit('caught')\n")
-    build_preprocessor(tree, nobody)
+    with pytest.raises(CorruptCheckpointError, match="auto_map"):
+        build_preprocessor(tree, nobody)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +156,16 @@ def test_a_class_that_skops_does_not_trust_needs_leave_whatever_the_protocol(tra
 
     with pytest.raises(NotAllowedError, match="trapped"):
         build_preprocessor(with_schema(change), nobody)
+
+
+@pytest.mark.parametrize("name", ["numpy.dtype", "numpy.mean", "builtins.frozenset"])
+def test_what_is_harmless_for_one_loader_is_not_for_another(name):
+    def change(schema):
+        node = next(node for node in nodes_of(schema) if node.get("__class__") == "StandardScaler")
+        node["__module__"], node["__class__"] = name.split(".")
+
+    with pytest.raises(NotAllowedError, match=name):
+        build_preprocessor(with_schema(change), only(halved))
 
 
 def test_every_node_of_a_skops_file_that_is_turned_into_foreign_code_is_refused(trap):

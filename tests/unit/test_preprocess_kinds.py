@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from functools import partial
 
 import numpy as np
@@ -25,6 +25,8 @@ from ckptmgr.preprocess.class_names import source_digest
 from ckptmgr.preprocess.fingerprint import fingerprint
 from ckptmgr.preprocess.kinds import capture_preprocessor, find_kind, kind_of_name, register_kind
 from ckptmgr.preprocess.values_kind import ValuesKind
+from ckptmgr.state.capture import dry_check
+from ckptmgr.state.entry import CapturedEntry
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +122,7 @@ VALUES = {
     "tuple": ("b", "a"),
     "counter": Counter({"b": 3, "a": 3}),
     "ordered": OrderedDict([("b", 1), ("a", 0)]),
+    "default": defaultdict(list, {"a": [1]}),
     "set": {"a", "b", 3},
     "deque": deque([1, 2], maxlen=2),
     "numbers as keys": {0: "a", 1: "b", (1, 2): None},
@@ -138,6 +141,13 @@ def test_values_come_back_with_types_and_order(name):
     assert fingerprint(built) == fingerprint(value)
     if isinstance(value, (dict, list, tuple)):
         assert list(built) == list(value)
+
+
+@pytest.mark.parametrize(
+    "value", [*VALUES.values(), halved, partial(scaled, factor=2.0), Window(3), Running(), Words(["a"]), Table(1.0)]
+)
+def test_the_proof_of_the_first_capture_accepts_it(value):
+    dry_check([CapturedEntry("preprocessor", "preprocessor", 1, capture_preprocessor(value))])
 
 
 def test_what_is_built_shares_nothing_with_the_tree():
@@ -159,8 +169,9 @@ def test_a_vocabulary_encodes_tokens_and_never_replaces_one_silently():
         kind.encode(vocabulary, ["hello", "World"])
     with pytest.raises(UsageError, match="not yet split"):
         kind.encode(vocabulary, "hello world")
-    with pytest.raises(UsageError, match="encode="):
-        kind.encode(VALUES["statistics"], ["a"])
+    for value in (VALUES["statistics"], VALUES["counter"]):
+        with pytest.raises(UsageError, match="encode="):
+            kind.encode(value, ["a"])
 
 
 def test_an_entry_for_unknown_tokens_counts_where_the_caller_names_it():

@@ -168,6 +168,19 @@ def test_a_feature_extractor_of_transformers_comes_back():
     assert values.mean().abs() < 1e-6
 
 
+def test_a_processor_of_texts_and_images_comes_back_as_one():
+    from transformers import CLIPProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    images = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    made = CLIPProcessor(images, fast_tokenizer())
+    built = stored_and_built(made)
+    raw = {"text": "hello Berlin", "images": np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)}
+    assert same_outputs(encoded(built, raw), encoded(made, raw))
+    assert encoded(made, raw).keys() >= {"input_ids", "pixel_values"}
+    assert fingerprint(capture_preprocessor(built)) == fingerprint(capture_preprocessor(made))
+
+
 def test_a_sentencepiece_processor_comes_back_with_its_options():
     made = sentence_pieces(add_bos=True, reverse=True)
     built = stored_and_built(made)
@@ -200,6 +213,7 @@ TABLES = {
     "nullable": pd.DataFrame({"i": pd.array([1, None], dtype="Int64"), "b": pd.array([None, True], dtype="boolean")}),
     "objects": pd.DataFrame({"o": [1, "a"], 7: [True, False]}),
     "levels": pd.DataFrame({"x": [1, 2]}, index=pd.MultiIndex.from_tuples([("a", 1), ("b", 2)], names=["k", "n"])),
+    "a range as a level": pd.DataFrame({"x": [1, 2]}, index=pd.MultiIndex.from_arrays([pd.RangeIndex(2), ["a", "b"]])),
     "twice": pd.DataFrame([[1, 2.5]], columns=["x", "x"]),
     "empty": pd.DataFrame({"x": np.empty(0, np.int64)}),
 }
