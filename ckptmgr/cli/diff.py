@@ -153,7 +153,7 @@ def _print_tensors(diff: Diff, limit: int) -> None:
     print()
     rows = [
         [
-            tensor.path + (f" (also {', '.join(tensor.aliases)})" if tensor.aliases else ""),
+            tensor.path + _also(tensor.aliases),
             _form_text(tensor),
             tensor.verdict,
             *_numbers(tensor),
@@ -163,6 +163,12 @@ def _print_tensors(diff: Diff, limit: int) -> None:
     headers = ["tensor", "form", "verdict", "max |a-b|", "|a-b|/|a|", "differ", "NaN", "infinite"]
     print_table(headers, rows, right=["max |a-b|", "|a-b|/|a|", "differ"])
     _print_rest(len(shown), limit)
+
+
+def _also(aliases: Sequence[str]) -> str:
+    if not aliases:
+        return ""
+    return f" (also {aliases[0]}{f' and {len(aliases) - 1} more' if len(aliases) > 1 else ''})"
 
 
 def _has_nan(tensor: TensorDiff) -> bool:

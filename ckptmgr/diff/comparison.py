@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from ckptmgr.diff.documents import ValueChange, changes_between_trees, paths_of_tree, renamed_tree, with_digests
+from ckptmgr.diff.elements import Array
 from ckptmgr.diff.facts import compare_facts
 from ckptmgr.diff.measure import Measure, Measured
 from ckptmgr.diff.pairing import EntryPairs, TensorPair, pair_entries, pair_tensors
 from ckptmgr.diff.records import Diff, TensorDiff, TensorForm
 from ckptmgr.diff.sides import OpenSide, open_pair
-from ckptmgr.diff.tensors import TensorStream, WholeTensor, forward_step
+from ckptmgr.diff.tensors import TensorStream, WholeTensor, band_dim, forward_ranges
 from ckptmgr.errors import CorruptCheckpointError, UsageError
 from ckptmgr.progress import progress
 
@@ -38,8 +38,9 @@ def compare(
 ) -> Diff:
     """Compare two checkpoints, of one run or of two; or weights in safetensors files with them, or with each other.
 
-    Every byte that is read of a checkpoint is checked against its digest. Memory is bounded by blocks of 16 MiB, of
-    tensors in shards by one row of the first dimension if that is larger. Nothing is built, imported or unpickled.
+    Every byte that is read of a checkpoint is checked against its digest. Memory is bounded by blocks of 16 MiB: one
+    of each side, of a tensor in shards one of each shard that a row of it lies in. Nothing that stands in a checkpoint
+    is built, imported or unpickled.
 
     Args:
         a: ``RUN_DIR`` or ``RUN_DIR@SELECTOR``; or a safetensors file, its index, or a directory with
@@ -154,8 +155,8 @@ def _documents(a: OpenSide, b: OpenSide, entries: EntryPairs, chosen: _Choice) -
             if rank and not any(is_own):
                 continue
             first, second = (side.tree(each, rank) for side, each in zip(sides, names, strict=True))
-            if told in entries.optimizers and entries.prefixes:
-                second = renamed_tree(second, entries.prefixes)
+            if told in entries.optimizers and entries.renamed:
+                second = renamed_tree(second, entries.renamed)
             for tree in () if chosen.is_complete else (first, second):
                 any(chosen.has(path) and chosen.is_complete for path in paths_of_tree(tree, told))
             yield from changes_between_trees(first, second, told, rank=rank if any(is_own) and nranks > 1 else None)
@@ -249,12 +250,12 @@ def _form(tensor: WholeTensor | None) -> TensorForm | None:
 
 def _measured(a: WholeTensor, b: WholeTensor, advance: Callable[[int], None]) -> Measured:
     measure = Measure(a.dtype, b.dtype)
-    count = math.prod(a.shape)
-    step = min(forward_step((a, b)), count)
-    streams = [TensorStream(tensor) for tensor in (a, b)]
-    buffers = [np.empty(stream.nbytes_of(0, step), dtype=np.uint8) for stream in streams]
-    for begin in range(0, count, step or 1):
-        end = min(begin + step, count)
+    dim = band_dim((a, b))
+    streams = [TensorStream(tensor, dim) for tensor in (a, b)]
+    buffers: list[Array] = []
+    for begin, end in forward_ranges((a, b)):
+        # The first range is the largest.
+        buffers = buffers or [np.empty(stream.nbytes_of(begin, end), dtype=np.uint8) for stream in streams]
         parts = [stream.read(begin, end, buffer) for stream, buffer in zip(streams, buffers, strict=True)]
         measure.add(*parts)
         advance(sum(part.size for part in parts))

@@ -10,7 +10,15 @@ from typing import Any
 from ckptmgr.errors import CorruptCheckpointError
 from ckptmgr.launch.redact import REDACTED, is_secret_name, redact_text
 
-__all__ = ["ABSENT", "ValueChange", "changes_between_trees", "paths_of_tree", "renamed_tree", "with_digests"]
+__all__ = [
+    "ABSENT",
+    "ValueChange",
+    "changes_between_trees",
+    "paths_of_tree",
+    "renamed_path",
+    "renamed_tree",
+    "with_digests",
+]
 
 ABSENT = "(absent)"
 """Stands for the value of a place that is not there."""
@@ -19,6 +27,7 @@ ABSENT = "(absent)"
 _MAX_DEPTH = 200
 _MAX_SHOWN = 60
 _DIGEST_SHOWN = 8
+_MAX_READ = 4096
 # Where a long list of scalars differs in more places than these, one line tells how many: the state of a random number
 # generator would fill the screen.
 _LONG, _MANY = 16, 8
@@ -83,8 +92,14 @@ def changes_between_trees(a: Any, b: Any, path: str, *, rank: int | None = None)
     yield from _changes(a, b, path, rank)
 
 
-def renamed_tree(tree: Any, prefixes: Mapping[str, str]) -> Any:
-    """Return a tree in which names that begin with one of some prefixes begin with another one, as keys and as values.
+def renamed_path(path: str, names: Mapping[str, str]) -> str:
+    """Return a path ``entry/…`` with another entry, where that has another name."""
+    entry, slash, rest = path.partition("/")
+    return f"{names[entry]}/{rest}" if slash and entry in names else path
+
+
+def renamed_tree(tree: Any, names: Mapping[str, str]) -> Any:
+    """Return a tree in which paths that begin with an entry begin with its other name, as keys and as values.
 
     Raises:
         CorruptCheckpointError: It is nested deeper than the format allows.
@@ -92,7 +107,7 @@ def renamed_tree(tree: Any, prefixes: Mapping[str, str]) -> Any:
 
     def renamed(value: Any) -> Any:
         if isinstance(value, str):
-            return next((new + value[len(old) :] for old, new in prefixes.items() if value.startswith(old)), value)
+            return renamed_path(value, names)
         if isinstance(value, list):
             return [renamed(item) for item in value]
         if isinstance(value, dict):
@@ -238,7 +253,8 @@ def _text(value: Any) -> str:
 def _shown(value: Any, path: str) -> str:
     if value is _GONE:
         return ABSENT
-    text = _words(value)
+    # What is looked at is more than what is shown, so that no secret is cut in two.
+    text = _words(value)[:_MAX_READ]
     if is_secret_name(path.rpartition("/")[2]) and not isinstance(value, dict | list | bool | None):
         return REDACTED
     text = redact_text(text)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ckptmgr.diff.documents import ABSENT, ValueChange
+from ckptmgr.diff.documents import ABSENT, ValueChange, renamed_path
 from ckptmgr.diff.records import EntryChange
 from ckptmgr.diff.sides import WEIGHTS, OpenSide
 from ckptmgr.diff.tensors import Key, WholeTensor
@@ -35,9 +36,9 @@ class EntryPairs:
     notes: tuple[str, ...] = ()
 
     @property
-    def prefixes(self) -> dict[str, str]:
-        """What names of the second side begin with → what they are told by, where an entry is called otherwise."""
-        return {f"{name}/": f"{told}/" for told, name in self.second.items() if told != name}
+    def renamed(self) -> dict[str, str]:
+        """Name on the second side → name that it is told by, where that is another one."""
+        return {name: told for told, name in self.second.items() if told != name}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +68,13 @@ def pair_entries(a: OpenSide, b: OpenSide) -> EntryPairs:
     first, second = ({entry.name: entry for entry in side.manifest.entries} for side in (a, b) if side.manifest)
     names = {name: name for name in first if name in second}
     left = [[entry for entry in one.values() if entry.name not in names] for one in (first, second)]
-    for entry in left[0]:
-        alike = [[other for other in side if other.handler == entry.handler] for side in left]
-        if len(alike[0]) == len(alike[1]) == 1:
-            names[entry.name] = alike[1][0].name
+    counts = [Counter(entry.handler for entry in side) for side in left]
+    lonely = {entry.handler: entry.name for entry in left[1] if counts[1][entry.handler] == 1}
+    names |= {
+        entry.name: lonely[entry.handler]
+        for entry in left[0]
+        if counts[0][entry.handler] == 1 and entry.handler in lonely
+    }
     changes = [
         EntryChange(name, _captured_by(entry), _captured_by(second[other]), other if other != name else None)
         for name, entry in first.items()
@@ -94,7 +98,7 @@ def _with_weights(a: OpenSide, b: OpenSide) -> EntryPairs:
         note = f"{run.label} has no module, so there is nothing to compare {weights.label} with"
         return EntryPairs({}, {}, notes=(note,))
     known = {tensor.name for tensor in weights.tensors}
-    common = {name: sum(tensor.entry == name and tensor.name in known for tensor in run.tensors) for name in modules}
+    common = Counter(tensor.entry for tensor in run.tensors if tensor.name in known)
     entry = max(modules, key=lambda name: common[name])
     note = f"{weights.label} is weights alone: compared with the entry {entry!r} of {run.label}"
     names = ({entry: entry}, {entry: WEIGHTS})
@@ -163,11 +167,11 @@ def _tie(key: Key, a: WholeTensor | None, b: WholeTensor | None) -> ValueChange:
 
 
 def _told_second(side: OpenSide, entries: EntryPairs) -> Iterable[WholeTensor]:
-    return _told(side.tensors, entries.second, entries.prefixes, entries)
+    return _told(side.tensors, entries.second, entries.renamed, entries)
 
 
 def _told(
-    tensors: Sequence[WholeTensor], names: dict[str, str], prefixes: dict[str, str], entries: EntryPairs
+    tensors: Sequence[WholeTensor], names: dict[str, str], renamed: dict[str, str], entries: EntryPairs
 ) -> Iterable[WholeTensor]:
     """Call the tensors of one side as they are told by; those of entries without a like are left out."""
     told = {name: shown for shown, name in names.items()}
@@ -175,15 +179,11 @@ def _told(
         entry = told.get(tensor.entry)
         if entry is None:
             continue
-        if entry in entries.optimizers and prefixes:
-            aliases = tuple(_with_prefix(alias, prefixes) for alias in tensor.aliases)
-            yield replace(tensor, entry=entry, name=_with_prefix(tensor.name, prefixes), aliases=aliases)
+        if entry in entries.optimizers and renamed:
+            aliases = tuple(renamed_path(alias, renamed) for alias in tensor.aliases)
+            yield replace(tensor, entry=entry, name=renamed_path(tensor.name, renamed), aliases=aliases)
         else:
             yield tensor if entry == tensor.entry else replace(tensor, entry=entry)
-
-
-def _with_prefix(name: str, prefixes: dict[str, str]) -> str:
-    return next((new + name[len(old) :] for old, new in prefixes.items() if name.startswith(old)), name)
 
 
 def _by_key(tensors: Iterable[WholeTensor]) -> dict[Key, WholeTensor]:

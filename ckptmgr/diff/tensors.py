@@ -6,7 +6,7 @@ Their bytes are read forward, range by range; what is held of a stored piece is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from ckptmgr.diff.elements import Array
 
-__all__ = ["Bytes", "Key", "Piece", "TensorStream", "WholeTensor", "forward_step"]
+__all__ = ["Bytes", "Key", "Piece", "TensorStream", "WholeTensor", "band_dim", "forward_ranges"]
 
 _STEP_NBYTES = 4 * 1024 * 1024
 
@@ -94,50 +94,66 @@ class WholeTensor:
 
 
 class TensorStream:
-    """Reads the elements of a tensor forward.
+    """Reads the elements of a tensor forward, in the ranges that `forward_ranges` gives.
 
     Args:
         tensor: The tensor.
+        dim: Of a tensor in shards, the dimension whose rows the ranges are made of: `band_dim`.
     """
 
-    def __init__(self, tensor: WholeTensor) -> None:
+    def __init__(self, tensor: WholeTensor, dim: int) -> None:
         self._tensor = tensor
+        self._dim = dim
         self._bytes: dict[int, Bytes] = {}
         self._count = math.prod(tensor.shape)
         self._is_whole = len(tensor.pieces) == 1
-        self._row = math.prod(tensor.shape[1:])
 
     def read(self, begin: int, end: int, target: Array) -> Array:
         """Return elements ``[begin, end)`` in row-major order, as bytes.
 
         Args:
-            begin: First element; of a tensor in shards the first of a row.
-            end: The element after the last one; likewise.
+            begin: First element.
+            end: The element after the last one.
             target: A buffer that may be used, large enough.
         """
-        nbytes = self.nbytes_of(begin, end)
-        found = target[:nbytes]
+        found = target[: self.nbytes_of(begin, end)]
         if self._is_whole:
             self._open(0).read_into(found, self.nbytes_of(0, begin))
-            return found
+        else:
+            self._read_band(begin, end, found)
+        return found
+
+    def _read_band(self, begin: int, end: int, found: Array) -> None:
+        """Read rows of one dimension, at one place in the dimensions outside of it, from all shards that have them."""
+        shape, dim = self._tensor.shape, self._dim
         size = self._tensor.nbytes // self._count
-        first, last = begin // self._row, end // self._row
-        band = found.reshape(last - first, *self._tensor.shape[1:], size)
+        row = math.prod(shape[dim + 1 :])
+        outer, first = divmod(begin // row, shape[dim])
+        last = first + (end - begin) // row
+        place = _unravelled(outer, shape[:dim])
+        band = found.reshape(last - first, *shape[dim + 1 :], size)
         for index, piece in enumerate(self._tensor.pieces):
-            top, bottom = max(first, piece.offset[0]), min(last, piece.offset[0] + piece.shape[0])
-            if top >= bottom:
-                if bottom <= first:
-                    # It was read to its end: what is held of it is not needed any more.
-                    self._bytes.pop(index, None)
+            inside = [at - offset for at, offset in zip(place, piece.offset, strict=False)]
+            if not all(0 <= at < length for at, length in zip(inside, piece.shape, strict=False)):
                 continue
-            row_nbytes = math.prod(piece.shape[1:]) * size
-            place = (slice(top - first, bottom - first), *map(_range, piece.offset[1:], piece.shape[1:]))
-            rows = band[place]
+            offset, nrows = piece.offset[dim], piece.shape[dim]
+            top, bottom = max(first, offset), min(last, offset + nrows)
+            if top >= bottom:
+                continue
+            start = 0
+            for at, length in zip([*inside, top - offset], piece.shape[: dim + 1], strict=True):
+                start = start * length + at
+            within = map(_range, piece.offset[dim + 1 :], piece.shape[dim + 1 :])
+            rows = band[(slice(top - first, bottom - first), *within)]
             filled = rows.reshape(-1) if rows.flags.c_contiguous else np.empty(rows.size, dtype=np.uint8)
-            self._open(index).read_into(filled, (top - piece.offset[0]) * row_nbytes)
+            self._open(index).read_into(filled, start * math.prod(piece.shape[dim + 1 :]) * size)
             if not rows.flags.c_contiguous:
                 rows[...] = filled.reshape(rows.shape)
-        return found
+            if bottom == offset + nrows and all(
+                at == length - 1 for at, length in zip(inside, piece.shape, strict=False)
+            ):
+                # It was read to its end: what is held of it is not needed any more.
+                del self._bytes[index]
 
     def nbytes_of(self, begin: int, end: int) -> int:
         """Return the size of elements ``[begin, end)``."""
@@ -149,20 +165,41 @@ class TensorStream:
         return self._bytes[index]
 
 
-def forward_step(tensors: Sequence[WholeTensor]) -> int:
-    """Return how many elements of tensors of one shape to read at a time.
+def band_dim(tensors: Sequence[WholeTensor]) -> int:
+    """Return the outermost dimension whose rows are no larger than a step; the last one where all are larger."""
+    shape = tensors[0].shape
+    size = max(tensor.nbytes for tensor in tensors) // max(1, math.prod(shape))
+    return next(
+        (dim for dim in range(len(shape)) if math.prod(shape[dim + 1 :]) * size <= _STEP_NBYTES), max(0, len(shape) - 1)
+    )
 
-    About 4 MiB. Of tensors in shards it is whole rows of the first dimension, one at least.
+
+def forward_ranges(tensors: Sequence[WholeTensor]) -> Iterator[tuple[int, int]]:
+    """Yield ranges of elements, of about 4 MiB, that together are all of some tensors of one shape.
+
+    Where one of them is in shards, a range is whole rows of the dimension `band_dim`.
     """
     shape = tensors[0].shape
     count = math.prod(shape)
-    largest = max(tensor.nbytes for tensor in tensors)
-    step = max(1, _STEP_NBYTES * count // max(largest, 1))
-    if any(len(tensor.pieces) > 1 for tensor in tensors):
-        row = max(1, math.prod(shape[1:]))
-        return max(1, step // row) * row
-    # Packed elements share bytes: a multiple of eight ends between two bytes whatever their width.
-    return max(8, step // 8 * 8)
+    step = max(1, _STEP_NBYTES * count // max(1, *(tensor.nbytes for tensor in tensors)))
+    if all(len(tensor.pieces) == 1 for tensor in tensors):
+        # Packed elements share bytes: a multiple of eight ends between two bytes whatever their width.
+        step, inner = max(8, step // 8 * 8), count
+    else:
+        dim = band_dim(tensors)
+        row = math.prod(shape[dim + 1 :])
+        step, inner = max(1, step // max(1, row)) * row, row * shape[dim]
+    for outer in range(0, count, inner or 1):
+        for begin in range(outer, outer + inner, step):
+            yield begin, min(begin + step, outer + inner)
+
+
+def _unravelled(index: int, shape: Sequence[int]) -> list[int]:
+    place: list[int] = []
+    for size in reversed(shape):
+        index, at = divmod(index, size)
+        place.insert(0, at)
+    return place
 
 
 def _range(offset: int, size: int) -> slice:

@@ -136,6 +136,13 @@ def test_completing_does_not_import_torch(here: Path) -> None:
         subprocess.run([sys.executable, "-c", code, line], check=True, stdout=subprocess.DEVNULL)
 
 
+def test_both_sides_of_a_comparison_are_completed(here: Path) -> None:
+    assert asked("fish", ["ckptmgr", "diff", "runs/x@pa"]) == ["plain,runs/x@paper\tstep 200"]
+    assert asked("fish", ["ckptmgr", "diff", "runs/x", "runs/x@pa"]) == ["plain,runs/x@paper\tstep 200"]
+    # Weights alone are files.
+    assert asked("fish", ["ckptmgr", "diff", "runs/x", "mod"]) == ["file,mod"]
+
+
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_command_has_json_and_quiet(name: str) -> None:
     command = _commands.get_command(click.Context(_commands), name)

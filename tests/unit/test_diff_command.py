@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import msgspec
 import pytest
 import torch
 from diff_samples import Training, by_path, save_in_turn, save_state
+from lightning.pytorch import Trainer, seed_everything
+from lightning_samples import Model, plain_loader
 from run_samples import create_run, save, start
 
+from ckptmgr import Checkpointer, CheckpointManager
 from ckptmgr.cli.main import run
 from ckptmgr.diff import compare
 from ckptmgr.errors import CorruptCheckpointError
@@ -329,6 +333,44 @@ def test_code_and_versions_are_compared(tmp_path: Path, capsys: Output) -> None:
     facts = {fact["name"]: (fact["a"], fact["b"]) for fact in as_json(runs, capsys)["facts"]}
     assert facts == {"commit": ("a" * 40, "b" * 40), "uncommitted changes": (None, "c" * 64)}
     assert "aaaaaaaaaa  bbbbbbbbbb" in printed(runs, capsys)
+
+
+def test_a_link_in_a_run_is_not_followed(tmp_path: Path, training: Training, capsys: Output) -> None:
+    run_dir = save_in_turn(tmp_path / "run", training.state, [lambda: training.model[0].bias.add_(1)])
+    (path,) = Path(run_dir).glob("checkpoints/0000000002-*/model.safetensors")
+    path.rename(tmp_path / "elsewhere.safetensors")
+    path.symlink_to(tmp_path / "elsewhere.safetensors")
+    assert run(["diff", f"{run_dir}@1", f"{run_dir}@2"]) == 12
+    assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_a_run_behind_a_url_is_compared_with_one_in_a_directory(tmp_path: Path, capsys: Output) -> None:
+    local = save_state(tmp_path / "run", Training().state)
+    training = Training()
+    with torch.no_grad():
+        training.model[2].bias += 1
+    with Checkpointer("memory://diff-of-runs", training.state, every_n_steps=1) as ckpt:
+        ckpt.resume()
+        ckpt.step(1, metrics={"loss": 0.5})
+    (tensor,) = as_json([local, "memory://diff-of-runs@1"], capsys)["tensors"]
+    assert (tensor["name"], tensor["verdict"]) == ("2.bias", "different")
+
+
+def test_runs_of_lightning_are_compared(tmp_path: Path, capsys: Output) -> None:
+    for name, decay in (("one", 0.01), ("other", 0.02)):
+        model = Model(optimizer=partial(torch.optim.SGD, weight_decay=decay))
+        trainer = Trainer(
+            callbacks=[CheckpointManager(tmp_path / name, every_n_train_steps=2, monitor="loss")],
+            max_steps=4, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        seed_everything(7, verbose=False)
+        trainer.fit(model, plain_loader())
+    document = as_json([f"{tmp_path / 'one'}@2", f"{tmp_path / 'other'}@best"], capsys)
+    assert document["b"]["step"] in (2, 4)
+    changed = {f"{tensor['entry']}/{tensor['name']}" for tensor in document["tensors"]}
+    assert any(path.endswith("net.0.weight") for path in changed)
+    assert any(change["path"].endswith("groups/0/weight_decay") for change in document["values"])
+    assert as_json([f"{tmp_path / 'one'}@2", f"{tmp_path / 'one'}@2"], capsys)["is_same"]
 
 
 def test_what_stands_in_a_run_cannot_write_over_the_terminal(tmp_path: Path, capsys: Output) -> None:
