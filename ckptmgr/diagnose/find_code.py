@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -183,7 +184,9 @@ def _source(file: str) -> str:
 def _parsed(file: str) -> ast.Module | None:
     text = _source(file)
     try:
-        return ast.parse(text) if text else ast.Module([], [])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(text) if text else ast.Module([], [])
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 

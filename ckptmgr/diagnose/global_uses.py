@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from ckptmgr.diagnose.artifact import GlobalUse
 from ckptmgr.diagnose.find_code import where_is
 from ckptmgr.diagnose.known_globals import old_name, verdict_of
 from ckptmgr.diagnose.plain_words import clean
 
-__all__ = ["global_uses", "needed_packages"]
+__all__ = ["global_uses"]
 
 _ORDER = {"dangerous": 0, "code": 1, "plain": 2}
 _MAX_LOOKED_FOR = 200
@@ -32,12 +32,7 @@ def global_uses(found: Mapping[tuple[str, str], str]) -> tuple[GlobalUse, ...]:
         if verdict == "code" and looked_for < _MAX_LOOKED_FOR:
             looked_for += 1
             place = where_is(module, name)
-        notes = [note for note in (words if words != "in a storage within it" else "", place) if note]
+        notes = [note for note in (words, place) if note]
         full = clean(f"{module}.{name}", 200)
         uses[full] = GlobalUse(full, verdict, clean("; ".join(notes), 300) if notes else None)
     return tuple(sorted(uses.values(), key=lambda use: _ORDER[use.verdict]))
-
-
-def needed_packages(uses: Iterable[GlobalUse]) -> list[str]:
-    """Return the top-level packages whose code is needed and that are not torch's or Python's, sorted."""
-    return sorted({use.name.partition(".")[0] for use in uses if use.verdict != "plain" and use.found is not None})
