@@ -132,6 +132,9 @@ def remote_failure(url: str, cause: BaseException, redact: Callable[[str], str])
 class RemoteFile:
     """A file behind an fsspec URL; each read is one ranged request.
 
+    Attributes:
+        is_file: Whether it is one, and no directory.
+
     Raises:
         CheckpointNotFoundError: There is none.
         StorageError: It cannot be reached.
@@ -146,7 +149,9 @@ class RemoteFile:
         self._url = url
         self._fs, self._path = open_filesystem(url, printable_url(url), options)
         try:
-            self.nbytes = int(self._fs.info(self._path)["size"] or 0)
+            info = self._fs.info(self._path)
+            self.nbytes = int(info["size"] or 0)
+            self.is_file = info["type"] == "file"
         except Exception as cause:
             raise remote_failure(url, cause, self._redact) from cause
 

@@ -89,18 +89,17 @@ def _inside(folders: Sequence[str], part: str) -> tuple[Sequence[str] | None, st
 def _place(folders: Sequence[str] | None, file: str | None) -> str:
     """Return a file as it is below the entry of Python's path, or the current directory, that it was found in."""
     path = file or (folders[0] if folders else "it")
-    for entry in sorted({*sys.path, os.getcwd() if _has_cwd() else ""}, key=len, reverse=True):
+    for entry in sorted({*sys.path, _here()}, key=len, reverse=True):
         if entry and path.startswith(entry.rstrip("/") + "/"):
             return path[len(entry.rstrip("/")) + 1 :]
     return path
 
 
-def _has_cwd() -> bool:
+def _here() -> str:
     try:
-        os.getcwd()
+        return str(Path.cwd())
     except OSError:
-        return False
-    return True
+        return ""
 
 
 def _package_folder(file: str, module: str) -> str | None:
@@ -174,7 +173,7 @@ def _statements(body: Sequence[ast.stmt], prefix: str) -> Iterator[tuple[ast.stm
 
 def _source(file: str) -> str:
     try:
-        with open(file, "rb") as stream:
+        with Path(file).open("rb") as stream:
             data = stream.read(_MAX_SOURCE_NBYTES + 1)
     except OSError:
         return ""
@@ -199,7 +198,7 @@ def _defined_elsewhere(package: str, file: str, name: str) -> str | None:
         files = []
         for root, folders, names in os.walk(package):
             folders[:] = sorted(each for each in folders if not each.startswith(".") and each != "__pycache__")
-            files += [os.path.join(root, each) for each in sorted(names) if each.endswith(".py")]
+            files += [str(Path(root, each)) for each in sorted(names) if each.endswith(".py")]
             if len(files) > _MAX_FILES:
                 return None
     except OSError:

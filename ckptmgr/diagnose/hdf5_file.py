@@ -105,9 +105,7 @@ def _datasets(source: ByteSource, root: int) -> list[TensorFacts]:
     return found
 
 
-def _object(
-    source: ByteSource, address: int
-) -> tuple[tuple[int, ...] | None, str | None, tuple[int, int] | None]:
+def _object(source: ByteSource, address: int) -> tuple[tuple[int, ...] | None, str | None, tuple[int, int] | None]:
     """Return shape and dtype of a dataset, or B-tree and heap of a group, from its object header."""
     head = source.read(address, 16)
     if len(head) < 16 or head[0] != 1:
@@ -204,16 +202,24 @@ def keras_version_notes(version: str | None) -> list[str]:
     ]
 
 
+def _is_keras_3(found: Hdf5Contents) -> bool:
+    """Say whether these are weights of Keras 3, which name no version: ``layers/dense/vars/0``."""
+    names = [fact.name for fact in found.datasets or ()]
+    return bool(names) and all(re.search(r"(?:^|/)vars/\d+$", name) for name in names)
+
+
 def hdf5_file(source: ByteSource, place: str) -> Artifact:
     """Describe an HDF5 file."""
     found = read_hdf5(source)
-    is_keras = found.keras_version is not None
-    versions = {"keras": found.keras_version} if found.keras_version else {}
+    is_keras = found.keras_version is not None or _is_keras_3(found)
+    versions: dict[str, str] = {"keras": found.keras_version} if found.keras_version else {}
     count = plural(len(found.datasets), "dataset") if found.datasets is not None else "datasets"
     of = "model" if found.has_model else "weights"
     title = f"Keras {of} in HDF5, of {count}" if is_keras else f"an HDF5 file of {count}"
     advice = [f"keras.models.load_model({place!r})" if found.has_model else f"model.load_weights({place!r}) with Keras"]
     advice = [*advice, *keras_version_notes(found.keras_version)] if is_keras else []
+    if is_keras and found.keras_version is None:
+        advice.append("they are named in the way of Keras 3; the model has to be built first")
     advice.append(f"its arrays alone: h5py.File({place!r})")
     return Artifact(
         place=place,

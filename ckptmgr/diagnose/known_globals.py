@@ -11,8 +11,12 @@ __all__ = ["HARMLESS_BUILTINS", "PLAIN", "Verdict", "old_name", "verdict_of"]
 Verdict: TypeAlias = Literal["plain", "code", "dangerous"]
 
 
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 def _with(prefix: str, names: str) -> set[str]:
-    return {f"{prefix}{name}" for name in names.split()}
+    return {f"{prefix}{name}" for name in _words(names)}
 
 
 _ELEMENTS = "BFloat16 Byte Char Double Float Half Int Long Short"
@@ -20,12 +24,12 @@ _ELEMENTS = "BFloat16 Byte Char Double Float Half Int Long Short"
 PLAIN: Final = frozenset(
     _with("", "_codecs.encode builtins.bytearray builtins.complex builtins.set")
     | _with("collections.", "Counter OrderedDict")
-    | {f"{module}.{kind}Tensor" for module in ("torch.sparse", "torch.cuda.sparse") for kind in _ELEMENTS.split()}
-    | {f"{module}.{kind}Tensor" for module in ("torch", "torch.cuda") for kind in f"{_ELEMENTS} Bool".split()}
+    | {f"{module}.{kind}Tensor" for module in ("torch.sparse", "torch.cuda.sparse") for kind in _words(_ELEMENTS)}
+    | {f"{module}.{kind}Tensor" for module in ("torch", "torch.cuda") for kind in _words(f"{_ELEMENTS} Bool")}
     | {
         f"{module}.{kind}Storage"
         for module in ("torch", "torch.cuda")
-        for kind in f"{_ELEMENTS} Bool ComplexDouble ComplexFloat".split()
+        for kind in _words(f"{_ELEMENTS} Bool ComplexDouble ComplexFloat")
     }
     | _with("torch.", "QInt32Storage QInt8Storage QUInt2x4Storage QUInt4x2Storage QUInt8Storage")
     | _with("torch.storage.", "TypedStorage UntypedStorage")
@@ -45,19 +49,19 @@ PLAIN: Final = frozenset(
 )
 """The globals that `torch.load(weights_only=True)` of PyTorch 2.13 takes, when nobody has added any."""
 
-HARMLESS_BUILTINS: Final = frozenset(
+HARMLESS_BUILTINS: Final = _words(
     "Ellipsis NotImplemented bool bytearray bytes complex dict enumerate float frozenset int list object range reversed"
     " set slice str tuple zip ArithmeticError AssertionError AttributeError EOFError Exception FileNotFoundError"
     " ImportError IndexError KeyError KeyboardInterrupt LookupError MemoryError NotImplementedError OSError"
-    " OverflowError RuntimeError StopIteration TypeError ValueError ZeroDivisionError UserWarning Warning".split()
+    " OverflowError RuntimeError StopIteration TypeError ValueError ZeroDivisionError UserWarning Warning"
 )
 """Builtins that only make a value. Every other one, known or not, is dangerous."""
 
-_HARMLESS_STDLIB_MODULES: Final = frozenset(
+_HARMLESS_STDLIB_MODULES: Final = _words(
     "abc calendar cmath collections collections.abc copyreg dataclasses datetime _datetime decimal _decimal enum"
-    " fractions ipaddress math numbers random _random re string typing uuid weakref _weakref zoneinfo array".split()
+    " fractions ipaddress math numbers random _random re string typing uuid weakref _weakref zoneinfo array"
 )
-_HARMLESS: Final = frozenset(
+_HARMLESS: Final = _words(
     "argparse.Namespace pathlib.Path pathlib.PosixPath pathlib.WindowsPath pathlib.PurePath pathlib.PurePosixPath"
     " pathlib.PureWindowsPath pathlib._local.PosixPath pathlib._local.WindowsPath pathlib._local.Path"
     " functools.partial functools._lru_cache_wrapper _functools.partial types.SimpleNamespace types.MappingProxyType"
@@ -65,16 +69,16 @@ _HARMLESS: Final = frozenset(
     " _io.StringIO itertools.chain itertools.count itertools.cycle itertools.islice itertools.repeat _codecs.encode"
     " operator.itemgetter _operator.itemgetter time.struct_time configparser.ConfigParser queue.Queue"
     " joblib.numpy_pickle.NumpyArrayWrapper joblib.numpy_pickle.NDArrayWrapper torch.storage._TypedStorage"
-    " torch.storage._UntypedStorage torch.storage._load_from_bytes".split()
+    " torch.storage._UntypedStorage torch.storage._load_from_bytes"
 )
 """Of modules whose other members are dangerous."""
 
-_NEVER_HARMLESS: Final = frozenset(
+_NEVER_HARMLESS: Final = _words(
     "copyreg.add_extension copyreg.pickle copyreg.constructor collections.namedtuple dataclasses.make_dataclass"
-    " enum.global_enum re.compile_template typing.get_type_hints uuid._load_system_functions".split()
+    " enum.global_enum re.compile_template typing.get_type_hints uuid._load_system_functions"
 )
 # Whatever lies in these modules, and is not named above, may run commands, read or write files, or load code.
-_DANGEROUS_MODULES: Final = frozenset(
+_DANGEROUS_MODULES: Final = _words(
     "aiohttp antigravity bsddb cffi cloudpickle commands cython dill distutils fsspec httpx idlelib imp IPython"
     " jsonpickle llvmlite numba numexpr paramiko pexpect pip pkg_resources popen2 psutil pydoc _pytest pytest requests"
     " setuptools sh urllib2 urllib3 wheel joblib.externals joblib.numpy_pickle joblib.parallel"
@@ -84,22 +88,22 @@ _DANGEROUS_MODULES: Final = frozenset(
     " torch.fx.experimental torch.fx.graph_module torch.fx._lazy_graph_module torch.hub torch.jit"
     " torch.multiprocessing torch.onnx torch.package torch.serialization torch.storage torch.testing"
     " torch.utils._config_module torch.utils.bottleneck torch.utils.collect_env torch.utils.cpp_extension"
-    " torch.utils.data.datapipes torch.utils.model_zoo torch.utils.show_pickle".split()
+    " torch.utils.data.datapipes torch.utils.model_zoo torch.utils.show_pickle"
 )
-_DANGEROUS: Final = frozenset(
+_DANGEROUS: Final = _words(
     "joblib.load numpy.fromfile numpy.frompyfunc numpy.genfromtxt numpy.load numpy.loadtxt numpy.memmap numpy.save"
     " numpy.savetxt numpy.savez numpy.vectorize pandas.eval pandas.read_pickle torch.classes.load_library torch.compile"
-    " torch.load torch.ops.load_library torch.save".split()
+    " torch.load torch.ops.load_library torch.save"
 )
 # As a member of any module: most modules hold some of these under their own name, so `torch.nn` `os` is `os`.
-_REACHED: Final = frozenset(
+_REACHED: Final = _words(
     "asyncio builtins ctypes functools gc importlib inspect io marshal multiprocessing nt operator os pdb pickle posix"
-    " pty runpy shutil socket subprocess sys tempfile threading types warnings".split()
+    " pty runpy shutil socket subprocess sys tempfile threading types warnings"
 )
-_ALWAYS: Final = frozenset("eval exec __import__ import_module system popen runstring".split())
-_NEVER_AN_ATTRIBUTE: Final = _ALWAYS | frozenset(
+_ALWAYS: Final = _words("eval exec __import__ import_module system popen runstring")
+_NEVER_AN_ATTRIBUTE: Final = _ALWAYS | _words(
     "Popen check_output compile execv execve getattr setattr load_library load_module open read_bytes read_text"
-    " rename rmdir rmtree run spawn touch unlink write_bytes write_text".split()
+    " rename rmdir rmtree run spawn touch unlink write_bytes write_text"
 )
 
 

@@ -77,7 +77,7 @@ def _value(window: Window, tree: _Tree, name: str, depth: int) -> Any:
         return _map(window, tree, name, depth, count)
     if 0x90 <= code <= 0x9F or code in (0xDC, 0xDD):
         count = code & 0xF if code <= 0x9F else _big(window, 2 if code == 0xDC else 4)
-        values = []
+        values: list[Any] = []
         for index in range(count):
             value = _value(window, tree, f"{name}.{index}", depth + 1)
             if len(values) < 64:

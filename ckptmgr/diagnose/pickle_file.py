@@ -8,7 +8,8 @@ from ckptmgr.diagnose.artifact import Artifact
 from ckptmgr.diagnose.byte_source import ByteSource, Part
 from ckptmgr.diagnose.known_globals import verdict_of
 from ckptmgr.diagnose.pickle_calls import itemsize
-from ckptmgr.diagnose.pickle_machine import TORCH_MAGIC, PickleFacts, describe_pickle
+from ckptmgr.diagnose.pickle_facts import TORCH_MAGIC, PickleFacts
+from ckptmgr.diagnose.pickle_machine import describe_pickle
 from ckptmgr.diagnose.pickle_tree import recognise
 from ckptmgr.diagnose.pickle_values import Dict, Object
 from ckptmgr.diagnose.pickled import pickled_artifact, storages_of
@@ -45,9 +46,7 @@ def pickle_file(source: ByteSource, place: str) -> Artifact | None:
         _follow_the_others(source, facts, details)
         if not details.get("npickles"):
             problems.append(f"{format_nbytes(rest)} of something else follow the pickle")
-    return pickled_artifact(
-        place, facts, container=container, nbytes=source.nbytes, problems=problems, details=details
-    )
+    return pickled_artifact(place, facts, container=container, nbytes=source.nbytes, problems=problems, details=details)
 
 
 def _is_convincing(facts: PickleFacts) -> bool:

@@ -8,70 +8,20 @@ whoever keeps stack and memo sees its name. Names that are reached through ``get
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ckptmgr.diagnose.byte_source import ByteSource, Bytes, Part, Window
+from ckptmgr.diagnose.byte_source import Bytes, ByteSource, Part
 from ckptmgr.diagnose.known_globals import old_name
 from ckptmgr.diagnose.pickle_calls import array_from_state, call, itemsize, numpy_dtype, shape_of, storage_from_id
+from ckptmgr.diagnose.pickle_facts import LIMITS, TORCH_MAGIC, PickleFacts, PickleLimits
 from ckptmgr.diagnose.pickle_opcodes import BadPickleError, Blob, LongText, instructions
+from ckptmgr.diagnose.pickle_stack import LimitReachedError, PickleStack
 from ckptmgr.diagnose.pickle_values import Array, Dict, Global, Object, Set, Symbol
 
-__all__ = ["LIMITS", "TORCH_MAGIC", "PickleFacts", "PickleLimits", "describe_pickle"]
+__all__ = ["describe_pickle"]
 
 _ARRAY_WRAPPER: Final = "joblib.numpy_pickle.NumpyArrayWrapper"
 _MAX_NESTED = 3
-TORCH_MAGIC: Final = 0x1950A86A20F9469CFC6C
-"""What the first pickle of a file of torch is, as it was until 1.6, and of each storage in a plain pickle."""
-
-
-@dataclass(frozen=True, slots=True)
-class PickleLimits:
-    """How much of a pickle is followed. The defaults are far above what real checkpoints have.
-
-    Attributes:
-        max_instructions: Of one pickle.
-        max_objects: Containers and objects that are made, and members that are copied.
-        max_memo: Entries of the memo.
-        max_text_nbytes: Of all texts together.
-        max_globals: Different names.
-    """
-
-    max_instructions: int = 4_000_000
-    max_objects: int = 1_000_000
-    max_memo: int = 500_000
-    max_text_nbytes: int = 24 << 20
-    max_globals: int = 5_000
-
-
-LIMITS: Final = PickleLimits()
-
-
-@dataclass(slots=True, eq=False)
-class PickleFacts:
-    """What a pickle tells.
-
-    Attributes:
-        root: What it would build; None where its end was not reached, or where that is None.
-        globals: What it would import, ``(module, qualified name)`` → a few words on how, in order of appearance.
-        problems: Why it cannot be followed to its end; empty where it was.
-        is_complete: ``STOP`` was reached, so that no global is left out.
-        protocol: Highest one that it declares; None where it declares none.
-        end: Offset behind ``STOP``, or where following it ended.
-        ninstructions: How many were followed.
-        has_joblib_arrays: Arrays lie between the instructions, as joblib writes them.
-        sources: Class → its source file, where an old file of torch recorded it.
-    """
-
-    root: Symbol = None
-    globals: dict[tuple[str, str], str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    is_complete: bool = False
-    protocol: int | None = None
-    end: int = 0
-    ninstructions: int = 0
-    has_joblib_arrays: bool = False
-    sources: dict[str, str] = field(default_factory=dict)
 
 
 def describe_pickle(data: bytes | ByteSource, *, start: int = 0, limits: PickleLimits = LIMITS) -> PickleFacts:
@@ -102,30 +52,11 @@ def _describe(source: ByteSource, start: int, limits: PickleLimits, *, nested: i
     return facts
 
 
-class _Stop(Exception):
-    """A limit is reached."""
-
-
-class _Mark:
-    pass
-
-
-_MARK: Final = _Mark()
-
-
-class _Machine:
+class _Machine(PickleStack):
     def __init__(self, source: ByteSource, start: int, limits: PickleLimits, nested: int, *, joblib: bool) -> None:
-        self.facts = PickleFacts(end=start)
-        self._source = source
-        self._window = Window(source, start)
-        self._limits = limits
+        super().__init__(source, start, limits)
         self._nested = nested
         self._joblib = joblib
-        self._stack: list[Symbol] = []
-        self._marks: list[int] = []
-        self._memo: dict[int, Symbol] = {}
-        self._nobjects = 0
-        self._text_nbytes = 0
         self._keys: dict[str, tuple[str, str]] = {}
 
     def run(self) -> PickleFacts:
@@ -136,7 +67,7 @@ class _Machine:
             for name, argument in instructions(self._window):
                 count += 1
                 if count > limit:
-                    raise _Stop(f"it has more than {limit} instructions")
+                    raise LimitReachedError(f"it has more than {limit} instructions")
                 if name == "INT" or name == "FLOAT" or name == "LONG":
                     push(argument)
                 elif name == "STOP":
@@ -148,7 +79,7 @@ class _Machine:
             facts.problems.append(f"it is cut off: {error}")
         except BadPickleError as error:
             facts.problems.append(f"it is no valid pickle: {error}")
-        except _Stop as limit_reached:
+        except LimitReachedError as limit_reached:
             facts.problems.append(f"it was not followed to its end: {limit_reached}")
         facts.end = self._window.position
         facts.ninstructions = count
@@ -253,7 +184,7 @@ class _Machine:
 
     def _do_put(self, key: int) -> None:
         if key not in self._memo and len(self._memo) >= self._limits.max_memo:
-            raise _Stop(f"its memo has more than {self._limits.max_memo} entries")
+            raise LimitReachedError(f"its memo has more than {self._limits.max_memo} entries")
         self._memo[key] = self._top()
 
     def _do_memoize(self, _: None) -> None:
@@ -336,7 +267,7 @@ class _Machine:
         if key not in self.facts.globals:
             self._count_text(len(module) + len(name))
             if len(self.facts.globals) >= self._limits.max_globals:
-                raise _Stop(f"it imports more than {self._limits.max_globals} names")
+                raise LimitReachedError(f"it imports more than {self._limits.max_globals} names")
             self.facts.globals[key] = how
             self._keys[".".join(old_name(*key))] = key
         elif how and not self.facts.globals[key]:
@@ -387,7 +318,8 @@ class _Machine:
         inside: ByteSource = Part(self._source, blob.start, blob.nbytes) if blob.start >= 0 else Bytes(blob.head)
         if inside.read(0, 2) != b"\x80\x02":
             return self._unexamined()
-        position, storage = 0, None
+        position = 0
+        storage: Symbol = None
         for number in range(5):
             limits = PickleLimits(20_000, 2_000, 2_000, 1 << 16, 100)
             facts = _describe(inside, position, limits, nested=self._nested + 1)
@@ -434,62 +366,6 @@ class _Machine:
             self._window.skip(self._window.uint(1))
         self._window.skip(nbytes)
         return Array(dtype, shape)
-
-    def _pop(self) -> Symbol:
-        if len(self._stack) <= (self._marks[-1] if self._marks else 0):
-            raise BadPickleError("it takes more from its stack than is there")
-        return self._stack.pop()
-
-    def _top(self) -> Symbol:
-        if not self._stack:
-            raise BadPickleError("its stack is empty")
-        return self._stack[-1]
-
-    def _to_mark(self) -> list[Symbol]:
-        if not self._marks:
-            raise BadPickleError("a mark is missing")
-        first = self._marks.pop()
-        items = self._stack[first:]
-        del self._stack[first:]
-        return items
-
-    def _pairs(self, items: list[Symbol]) -> list[tuple[Symbol, Symbol]]:
-        self._made(len(items) // 4)
-        return list(zip(items[::2], items[1::2], strict=False))
-
-    def _extend(self, items: list[Symbol]) -> None:
-        target = self._top()
-        if isinstance(target, list):
-            target.extend(items)
-        elif isinstance(target, Set):
-            target.members.extend(items)
-        elif isinstance(target, Object):
-            if target.members is None:
-                target.members = []
-            target.members.extend(items)
-
-    def _set_items(self, pairs: list[tuple[Symbol, Symbol]]) -> None:
-        target = self._top()
-        if isinstance(target, Dict):
-            target.pairs.extend(pairs)
-        elif isinstance(target, Object):
-            if target.pairs is None:
-                target.pairs = []
-            target.pairs.extend(pairs)
-
-    def _made(self, count: int = 1) -> None:
-        self._nobjects += count
-        if self._nobjects > self._limits.max_objects:
-            raise _Stop(f"it makes more than {self._limits.max_objects} objects")
-
-    def _push_made(self, value: Symbol) -> None:
-        self._made()
-        self._stack.append(value)
-
-    def _count_text(self, nbytes: int) -> None:
-        self._text_nbytes += nbytes
-        if self._text_nbytes > self._limits.max_text_nbytes:
-            raise _Stop(f"its texts are longer than {self._limits.max_text_nbytes} bytes")
 
 
 def _name_text(value: Symbol) -> str:

@@ -17,13 +17,53 @@ _MAX_VISITS = 1_500_000
 MAX_CONTENTS = 200
 
 # Where training loops keep the weights, the likeliest first.
-_WEIGHT_KEYS: Final = (
-    "state_dict model_state_dict model_state model module net network weights params model_dict net_state_dict"
-    " state_dict_ema model_ema ema teacher student generator netG G backbone encoder"
-).split()
+_WEIGHT_KEYS: Final = [
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "module",
+    "net",
+    "network",
+    "weights",
+    "params",
+    "model_dict",
+    "net_state_dict",
+    "state_dict_ema",
+    "model_ema",
+    "ema",
+    "teacher",
+    "student",
+    "generator",
+    "netG",
+    "G",
+    "backbone",
+    "encoder",
+]
 _TRAINING_KEYS: Final = frozenset(
-    "epoch epochs step global_step iteration iter optimizer optimizers optimizer_state_dict optim scheduler"
-    " lr_scheduler scheduler_state_dict scaler best_acc best_acc1 loss args config hparams arch".split()
+    [
+        "epoch",
+        "epochs",
+        "step",
+        "global_step",
+        "iteration",
+        "iter",
+        "optimizer",
+        "optimizers",
+        "optimizer_state_dict",
+        "optim",
+        "scheduler",
+        "lr_scheduler",
+        "scheduler_state_dict",
+        "scaler",
+        "best_acc",
+        "best_acc1",
+        "loss",
+        "args",
+        "config",
+        "hparams",
+        "arch",
+    ]
 )
 
 
@@ -76,7 +116,10 @@ def _recognise(root: Symbol, left: _Budget) -> Recognised:
         return Recognised("tensor", f"a single {of}, {in_words(root)}", [("tensor", root)])
     if is_module(root):
         return Recognised(
-            "pickled-module", f"a whole pickled module of class {clean(root.of)}", _tensors(root, left), **_of(root, left)
+            "pickled-module",
+            f"a whole pickled module of class {clean(root.of)}",
+            _tensors(root, left),
+            **_of(root, left),
         )
     mapping = as_mapping(root)
     if mapping is not None and len(mapping):
@@ -312,7 +355,7 @@ def _lightning(mapping: Dict, left: _Budget) -> Recognised:
     found.weights = _tensors(mapping.get("state_dict"), left)
     if not found.weights:
         found.problems.append("it has no weights: 'state_dict' is missing or empty")
-    if "optimizer_states" not in mapping.keys():
+    if mapping.get("optimizer_states") is None:
         found.details["is_weights_only"] = True
     return found
 

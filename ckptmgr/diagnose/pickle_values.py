@@ -11,7 +11,19 @@ from typing import Any, TypeAlias
 
 from ckptmgr.diagnose.pickle_opcodes import Blob, LongText
 
-__all__ = ["Array", "Dict", "Global", "Object", "Set", "Storage", "Symbol", "Tensor", "as_mapping", "in_words", "type_words"]
+__all__ = [
+    "Array",
+    "Dict",
+    "Global",
+    "Object",
+    "Set",
+    "Storage",
+    "Symbol",
+    "Tensor",
+    "as_mapping",
+    "in_words",
+    "type_words",
+]
 
 Symbol: TypeAlias = Any
 """None, a bool, a number, a text, a tuple or list of symbols, or one of the classes here."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from ckptmgr.diagnose.artifact import Artifact, GlobalUse
 from ckptmgr.diagnose.global_uses import global_uses
-from ckptmgr.diagnose.pickle_machine import PickleFacts
+from ckptmgr.diagnose.pickle_facts import PickleFacts
 from ckptmgr.diagnose.pickle_tree import Recognised, recognise, tensor_facts
 from ckptmgr.diagnose.pickle_values import Storage
 from ckptmgr.diagnose.plain_words import clean, listed
@@ -117,7 +117,9 @@ def _advice(
     load = load or (f"joblib.load({place!r})" if container == "joblib" else f"pickle.load(open({place!r}, 'rb'))")
     lines = []
     if kind == "lightning-checkpoint":
-        lines.append("this is a Lightning checkpoint: you want its key 'state_dict', or LightningModule.load_from_checkpoint")
+        lines.append(
+            "this is a Lightning checkpoint: you want its key 'state_dict', or LightningModule.load_from_checkpoint"
+        )
     if kind == "trainer-checkpoint":
         lines.append(f"this is a trainer's checkpoint: you want its key {clean(found.weights_key or '')!r}")
     if kind == "optimizer-state":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from itertools import pairwise
 from typing import Any
 
 from ckptmgr.diagnose.artifact import Artifact, TensorFacts
 from ckptmgr.diagnose.byte_source import ByteSource
+from ckptmgr.diagnose.pickle_calls import shape_of
 from ckptmgr.diagnose.plain_words import clean, listed, plural
 from ckptmgr.diagnose.small_json import bounded_json
 from ckptmgr.words import format_nbytes
@@ -80,7 +82,7 @@ def read_safetensors(
             tensors.append(fact)
     expected = 8 + nheader + max((stop for _, stop in spans), default=0)
     spans.sort()
-    if any(start < stop for (_, stop), (start, _) in zip(spans, spans[1:], strict=False)):
+    if any(start < stop for (_, stop), (start, _) in pairwise(spans)):
         problems.append("its tensors lie over each other")
     if expected > source.nbytes:
         problems.insert(
@@ -97,10 +99,9 @@ def _tensor(name: str, entry: Any, spans: list[tuple[int, int]]) -> TensorFacts 
     name = clean(name, 300)
     if not isinstance(entry, dict):
         return f"its tensor {name!r} is not described"
-    shape, offsets, code = entry.get("shape"), entry.get("data_offsets"), entry.get("dtype")
-    is_shape = isinstance(shape, list) and len(shape) <= 64 and all(type(n) is int and 0 <= n < 1 << 63 for n in shape)
+    shape, offsets, code = shape_of(entry.get("shape")), entry.get("data_offsets"), entry.get("dtype")
     is_span = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets)
-    if not is_shape or not is_span or not isinstance(code, str) or offsets[0] > offsets[1]:
+    if shape is None or offsets is None or not is_span or not isinstance(code, str) or offsets[0] > offsets[1]:
         return f"its tensor {name!r} has no sound dtype, shape and place"
     dtype, nbits = _DTYPES.get(code, (clean(code, 40), None))
     spans.append((offsets[0], offsets[1]))
@@ -109,8 +110,9 @@ def _tensor(name: str, entry: Any, spans: list[tuple[int, int]]) -> TensorFacts 
         for size in shape:
             needed *= size
         if needed != (offsets[1] - offsets[0]) * 8:
-            return f"its tensor {name!r} of shape {clean(str(shape))} does not fit in its {offsets[1] - offsets[0]} bytes"
-    return TensorFacts(name, dtype, tuple(shape))
+            have = offsets[1] - offsets[0]
+            return f"its tensor {name!r} of shape {clean(str(list(shape)))} does not fit in its {have} bytes"
+    return TensorFacts(name, dtype, shape)
 
 
 def safetensors_file(source: ByteSource, place: str) -> Artifact:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from typing import Final
+from typing import Any, Final
 
 from ckptmgr.diagnose.artifact import Artifact
 from ckptmgr.diagnose.byte_source import ByteSource
@@ -81,7 +81,7 @@ def pointer_or_page(source: ByteSource, place: str, head: bytes) -> Artifact | N
             return annex_pointer(place, match.group(1), nbytes=source.nbytes)
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:512].lower()
     if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")) or (
-        start.startswith(b"<?xml") and b"<html" in start or start.startswith(b"<!--") and b"<html" in head.lower()
+        (start.startswith(b"<?xml") and b"<html" in start) or (start.startswith(b"<!--") and b"<html" in head.lower())
     ):
         return _page(source, place, head)
     if start.startswith(b"<?xml") and (b"<error>" in start or b"accessdenied" in start):
@@ -147,11 +147,16 @@ def packed_file(source: ByteSource, place: str, head: bytes) -> Artifact | None:
     """Describe a compressed file or another archive; None if it is none."""
     for magic, (kind, title, command) in PACKED.items():
         if head.startswith(magic):
-            advice = (f"unpack it first: {command} {shlex.quote(clean(place, 500))}",)
+            advice: tuple[str, ...] = (f"unpack it first: {command} {shlex.quote(clean(place, 500))}",)
             if kind in ("gzip", "xz", "bzip2", "lz4"):
                 advice += (f"or, if joblib wrote it, and you trust it: joblib.load({place!r})",)
             return Artifact(place, kind, title, "certain", source.nbytes, advice=advice)
-    if len(head) > 1 and head[0] == 0x78 and head[1] in (0x01, 0x5E, 0x9C, 0xDA) and int.from_bytes(head[:2], "big") % 31 == 0:
+    if (
+        len(head) > 1
+        and head[0] == 0x78
+        and head[1] in (0x01, 0x5E, 0x9C, 0xDA)
+        and int.from_bytes(head[:2], "big") % 31 == 0
+    ):
         advice = (f"joblib writes such files; if you trust it: joblib.load({place!r})",)
         return Artifact(place, "zlib", "a zlib stream", "likely", source.nbytes, advice=advice)
     return None
@@ -173,7 +178,9 @@ def text_file(source: ByteSource, place: str, head: bytes) -> Artifact | None:
     if stripped[:1] in ("{", "["):
         return _json(source, place)
     first = clean(stripped.partition("\n")[0])
-    is_yaml = place.lower().endswith((".yaml", ".yml")) or re.match(r"(?:---\s|%YAML|[A-Za-z_][\w.-]{0,60}:(?:\s|$))", stripped)
+    is_yaml = place.lower().endswith((".yaml", ".yml")) or re.match(
+        r"(?:---\s|%YAML|[A-Za-z_][\w.-]{0,60}:(?:\s|$))", stripped
+    )
     kind, title = ("yaml", "a YAML file") if is_yaml else ("text", "a text")
     return Artifact(
         place,
@@ -188,7 +195,7 @@ def text_file(source: ByteSource, place: str, head: bytes) -> Artifact | None:
 
 def _json(source: ByteSource, place: str) -> Artifact:
     problems: tuple[str, ...] = ()
-    value = None
+    value: Any = None
     if source.nbytes <= _MAX_TEXT_NBYTES:
         try:
             value = bounded_json(source.read(0, source.nbytes))

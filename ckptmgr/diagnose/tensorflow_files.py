@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckptmgr.diagnose.artifact import TensorFacts
-from ckptmgr.diagnose.byte_source import ByteSource, Bytes, Window
+from ckptmgr.diagnose.byte_source import Bytes, ByteSource, Window
 from ckptmgr.diagnose.installed import compared, installed_version
 from ckptmgr.diagnose.plain_words import clean
 from ckptmgr.diagnose.protobuf import BadProtobufError, Field, fields, small_text, varint
@@ -55,7 +55,9 @@ def saved_model_tags(source: ByteSource) -> tuple[str | None, list[str]]:
     Raises:
         BadProtobufError: It is no SavedModel.
     """
-    version, tags, is_model = None, [], False
+    version: str | None = None
+    tags: list[str] = []
+    is_model = False
     for graph in fields(source, 0, source.nbytes):
         if graph.number not in (1, 2) or (graph.number, graph.wire) not in ((1, 0), (2, 2)):
             raise BadProtobufError("it is no SavedModel")
@@ -162,5 +164,7 @@ def tensorflow_notes(version: str | None) -> list[str]:
     names = ("tensorflow", "tensorflow-cpu", "tensorflow_cpu", "tf-nightly")
     notes = [compared("tensorflow", version, installed_version(*names))]
     if version is not None:
-        notes.append(f"TensorFlow loads what older versions wrote, not what newer ones did: {version} or newer reads it")
+        notes.append(
+            f"TensorFlow promises to load what older versions wrote, not what newer ones did: use {version} or newer"
+        )
     return notes

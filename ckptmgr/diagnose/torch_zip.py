@@ -9,7 +9,8 @@ from typing import Any
 from ckptmgr.diagnose.artifact import Artifact
 from ckptmgr.diagnose.byte_source import ByteSource, Part
 from ckptmgr.diagnose.pickle_calls import itemsize
-from ckptmgr.diagnose.pickle_machine import PickleFacts, describe_pickle
+from ckptmgr.diagnose.pickle_facts import PickleFacts
+from ckptmgr.diagnose.pickle_machine import describe_pickle
 from ckptmgr.diagnose.pickle_tree import Recognised, recognise, tensor_facts, tensors_in
 from ckptmgr.diagnose.pickle_values import Dict, Object, Symbol
 from ckptmgr.diagnose.pickled import pickled_artifact, storages_of
@@ -221,7 +222,7 @@ def _script(
         nbytes=source.nbytes,
         versions=versions,
         tensors=tensor_facts(tensors_in(_as_dicts(facts.root))),
-        problems=tuple([*problems, *(f"its pickle: {problem}" for problem in facts.problems)]),
+        problems=(*problems, *(f"its pickle: {problem}" for problem in facts.problems)),
         advice=(
             f"torch.jit.load({place!r}, map_location='cpu') gives the program; only if you trust it",
             "its weights alone: that program's .state_dict(); no class of yours is needed",

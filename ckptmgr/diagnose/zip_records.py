@@ -9,7 +9,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 
-from ckptmgr.diagnose.byte_source import ByteSource, Bytes, Part
+from ckptmgr.diagnose.byte_source import Bytes, ByteSource, Part
 from ckptmgr.diagnose.plain_words import clean
 
 __all__ = ["Archive", "BadZipError", "ZipRecord", "checksum_of", "open_archive", "record_source", "scan_records"]
@@ -69,10 +69,8 @@ def open_archive(source: ByteSource) -> Archive:
         raise BadZipError("its central directory is missing")
     count, nbytes, start = struct.unpack("<HII", tail[at + 10 : at + 20])
     behind = tail_start + at
-    if (0xFFFF, 0xFFFFFFFF) != (count, nbytes) and start != 0xFFFFFFFF:
-        wide = None
-    else:
-        wide = _wide_end(source, behind)
+    is_wide = count == 0xFFFF or 0xFFFFFFFF in (nbytes, start)
+    wide = _wide_end(source, behind) if is_wide else None
     if wide is not None:
         count, nbytes, start, behind = wide
     if nbytes > MAX_DIRECTORY_NBYTES or start + nbytes > behind:
