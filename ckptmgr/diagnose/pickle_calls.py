@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from ckptmgr.diagnose.pickle_opcodes import Blob, LongText
 from ckptmgr.diagnose.pickle_values import Array, Dict, Global, Object, Set, Storage, Symbol, Tensor
 
-__all__ = ["STORAGE_DTYPES", "array_from_state", "call", "itemsize", "numpy_dtype", "shape_of", "storage_from_id"]
+__all__ = [
+    "STORAGE_DTYPES",
+    "array_from_state",
+    "call",
+    "itemsize",
+    "numpy_dtype",
+    "numpy_itemsize",
+    "shape_of",
+    "storage_from_id",
+]
 
 _MAX_DIMS = 64
 
@@ -67,7 +77,25 @@ def numpy_dtype(text: Symbol) -> str:
         return "bool"
     if kind in _NUMPY_KINDS and size.isdecimal() and len(size) < 3:
         return f"{_NUMPY_KINDS[kind]}{int(size) * 8}"
-    return {"O": "object", "bfloat16": "bfloat16"}.get(code, text[:40])
+    if kind in ("O", "V") and (not size or size.isdecimal()):
+        return "object" if kind == "O" else "structured"
+    return text[:40]
+
+
+def numpy_itemsize(of: Symbol) -> int | None:
+    """Return the bytes of an element of a NumPy dtype in a pickle: 0 if it is or has an object, None if not known."""
+    if not isinstance(of, Object) or of.of != "numpy.dtype" or not isinstance(of.args, tuple) or not of.args:
+        return None
+    code, state = of.args[0], of.state
+    match = re.fullmatch(r"([biufcmMSVUO])(\d{1,9})", code) if isinstance(code, str) else None
+    if match is None or not isinstance(state, tuple) or len(state) < 8 or state[2] is not None:
+        return None
+    kind, nbytes = match.group(1), int(match.group(2))
+    if type(state[7]) is not int or kind == "O" or state[7] & 1:
+        return 0 if type(state[7]) is int else None
+    if kind == "V":
+        return state[5] if type(state[5]) is int and state[5] > 0 else None
+    return nbytes * (4 if kind == "U" else 1) or None
 
 
 def storage_from_id(identity: Symbol) -> Symbol:
@@ -207,6 +235,11 @@ def _encoded(args: Sequence[Symbol]) -> Symbol:
     return Blob(-1, 0, b"") if not args else None
 
 
+def _reconstructed(args: Sequence[Symbol]) -> Symbol:
+    # How protocols 0 and 1 make an object without calling its class.
+    return Object(args[0].name, tuple(args[2:])) if len(args) == 3 and isinstance(args[0], Global) else None
+
+
 def _empty_array(args: Sequence[Symbol]) -> Symbol:
     return Array("unknown", ()) if args and isinstance(args[0], Global) else None
 
@@ -249,6 +282,7 @@ _CALLS: Final[dict[str, Callable[[Any], Symbol]]] = {
     "builtins.tuple": _sequence,
     "builtins.bytearray": lambda args: args[0] if args and isinstance(args[0], Blob) else _encoded(args),
     "_codecs.encode": _encoded,
+    "copyreg._reconstructor": _reconstructed,
     **dict.fromkeys(_numpy("multiarray._reconstruct"), _empty_array),
     **dict.fromkeys(_numpy("numeric._frombuffer"), _frombuffer),
 }

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from ckptmgr.diagnose.byte_source import Bytes, ByteSource, Part
 from ckptmgr.diagnose.known_globals import old_name
-from ckptmgr.diagnose.pickle_calls import array_from_state, call, itemsize, numpy_dtype, shape_of, storage_from_id
+from ckptmgr.diagnose.pickle_calls import array_from_state, call, numpy_dtype, numpy_itemsize, shape_of, storage_from_id
 from ckptmgr.diagnose.pickle_facts import LIMITS, TORCH_MAGIC, PickleFacts, PickleLimits
 from ckptmgr.diagnose.pickle_opcodes import BadPickleError, Blob, LongText, instructions
 from ckptmgr.diagnose.pickle_stack import LimitReachedError, PickleStack
@@ -346,26 +346,32 @@ class _Machine(PickleStack):
         """Pass the elements that joblib writes behind the description of an array."""
         values = dict(state.items()) if isinstance(state, Dict) else {}
         shape, of = shape_of(values.get("shape")), values.get("dtype")
-        args = of.args if isinstance(of, Object) else None
-        dtype = numpy_dtype(args[0]) if isinstance(args, tuple) and args else "unknown"
-        size = itemsize(dtype)
-        if shape is None or size is None:
-            # Objects: a pickle of its own follows.
-            if dtype == "object":
-                inner = _describe(self._source, self._window.position, self._limits, nested=self._nested + 1)
-                for key, how in inner.globals.items():
-                    self._import(*key, how)
-                if inner.is_complete:
-                    self._window.position = inner.end
-                    return Array("object", shape or ())
+        size = numpy_itemsize(of)
+        if shape is None or size is None or of is None:
             raise BadPickleError("an array between the instructions whose size is not known")
+        dtype = numpy_dtype(of.args[0])
+        if size == 0:
+            return self._objects_between(shape)
         nbytes = size
         for extent in shape:
             nbytes *= extent
-        if isinstance(values.get("numpy_array_alignment_bytes"), int):
+        if values.get("numpy_array_alignment_bytes") is not None:
             self._window.skip(self._window.uint(1))
         self._window.skip(nbytes)
         return Array(dtype, shape)
+
+    def _objects_between(self, shape: tuple[int, ...]) -> Symbol:
+        """Pass an array of objects, which is a pickle of its own."""
+        if self._nested >= _MAX_NESTED:
+            raise BadPickleError("pickles lie in pickles")
+        inner = _describe(self._source, self._window.position, self._limits, nested=self._nested + 1)
+        self._made(4 + inner.ninstructions // 4)
+        for key, how in inner.globals.items():
+            self._import(*key, how)
+        if not inner.is_complete:
+            raise BadPickleError("an array of objects that cannot be followed")
+        self._window.position = inner.end
+        return Array("object", shape)
 
 
 def _name_text(value: Symbol) -> str:

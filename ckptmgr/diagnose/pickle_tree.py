@@ -283,7 +283,10 @@ def _mapping(mapping: Dict, left: _Budget) -> Recognised:
     if _is_optimizer(mapping) and len(keys) <= 3:
         words = _optimizer_words(mapping)
         found = Recognised("optimizer-state", f"the state of an optimizer: {words.partition(' of ')[2]}")
-        found.contents = {"state": _about(mapping.get("state"), left), "param_groups": words}
+        found.contents = {
+            "state": _about(mapping.get("state"), left),
+            "param_groups": words.partition(" of ")[2],
+        }
         return found
     if _is_flat(mapping, left):
         return _state_dict(mapping, left)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ckptmgr.diagnose.artifact import Artifact, GlobalUse
 from ckptmgr.diagnose.global_uses import global_uses
+from ckptmgr.diagnose.installed import compared, installed_version
 from ckptmgr.diagnose.pickle_facts import PickleFacts
 from ckptmgr.diagnose.pickle_tree import Recognised, recognise, tensor_facts
 from ckptmgr.diagnose.pickle_values import Storage
@@ -22,6 +23,9 @@ _CONTAINERS = {
     "pickle": "pickle",
     "joblib": "joblib",
 }
+
+_READERS = {"lightning": ("lightning", "pytorch-lightning"), "scikit-learn": ("scikit-learn",)}
+_DAMAGE = ("truncated", "damaged", "cut off", "are missing", "declared to need", "lies outside")
 
 
 def storages_of(found: Recognised) -> dict[str, Storage]:
@@ -75,7 +79,7 @@ def pickled_artifact(
     return Artifact(
         place=place,
         kind=kind,
-        title=f"{found.title} ({_CONTAINERS[container]})",
+        title=f"{_title(found, facts)} ({_CONTAINERS[container]})",
         certainty="certain" if facts.is_complete else "likely",
         nbytes=nbytes,
         versions={**found.versions, **(versions or {})},
@@ -83,9 +87,14 @@ def pickled_artifact(
         contents=found.contents,
         globals=uses,
         problems=tuple(told),
-        advice=_advice(place, kind, container, uses, found, is_complete=facts.is_complete),
+        advice=_advice(place, kind, container, uses, found, is_whole=facts.is_complete and not _is_damaged(told)),
         details=more,
     )
+
+
+def _title(found: Recognised, facts: PickleFacts) -> str:
+    is_lost = not facts.is_complete and facts.root is None
+    return "a pickle that cannot be followed to its end" if is_lost else found.title
 
 
 def _about_code(kind: str, uses: Sequence[GlobalUse]) -> list[str]:
@@ -97,6 +106,10 @@ def _about_code(kind: str, uses: Sequence[GlobalUse]) -> list[str]:
     return told + missing[:10]
 
 
+def _is_damaged(problems: Sequence[str]) -> bool:
+    return any(word in problem for problem in problems for word in _DAMAGE)
+
+
 def _is_missing(use: GlobalUse) -> bool:
     words = use.found or ""
     return use.verdict == "code" and any(
@@ -105,13 +118,17 @@ def _is_missing(use: GlobalUse) -> bool:
 
 
 def _advice(
-    place: str, kind: str, container: str, uses: Sequence[GlobalUse], found: Recognised, *, is_complete: bool
+    place: str, kind: str, container: str, uses: Sequence[GlobalUse], found: Recognised, *, is_whole: bool
 ) -> tuple[str, ...]:
     typed = shlex.quote(clean(place, 1000))
     verdicts = {use.verdict for use in uses}
-    if "dangerous" in verdicts or not is_complete:
-        reason = "it would run more than its own classes" if "dangerous" in verdicts else "it is not whole"
-        return (f"do not load it with weights_only=False or pickle: {reason}; get it again from where it comes from",)
+    if "dangerous" in verdicts:
+        return (
+            "do not load it with pickle, joblib or weights_only=False: it would run more than its own classes",
+            "ask whoever made it for the weights alone, as safetensors or a state dict",
+        )
+    if not is_whole:
+        return ("it is not what was written: copy or download it again, and compare the sizes",)
     is_torch = container.startswith("torch")
     load = f"torch.load({place!r}, map_location='cpu', weights_only={'code' not in verdicts})" if is_torch else ""
     load = load or (f"joblib.load({place!r})" if container == "joblib" else f"pickle.load(open({place!r}, 'rb'))")
@@ -136,6 +153,9 @@ def _advice(
         lines.append(f"model.load_state_dict({load}{part})")
     if "code" in verdicts and "pickled_module" not in found.details and kind != "pickled-module":
         lines.append("it holds objects of other classes: load it only where they can be imported, and if you trust it")
+    for tool, names in _READERS.items():
+        if tool in found.versions:
+            lines.append(compared(tool, found.versions[tool], installed_version(*names)))
     if not lines or kind in ("pickle", "torch-file", "joblib", "sklearn-pickle", "tensor", "tensors"):
         lines.append(load)
     return tuple(lines)

@@ -93,7 +93,7 @@ def truncated_torch_zip(source: ByteSource, place: str) -> Artifact | None:
     found = recognise(facts.root)
     expected = start + facts.end + sum(_nbytes(storage) for storage in storages_of(found).values())
     problem = f"truncated: it has no central directory, and ends after {source.nbytes} bytes"
-    if facts.is_complete and storages_of(found):
+    if facts.is_complete and expected > source.nbytes:
         problem += f"; what it describes needs more than {expected} ({format_nbytes(expected)})"
     artifact = pickled_artifact(
         place, facts, container="torch-zip", nbytes=source.nbytes, found=found, problems=[problem]
