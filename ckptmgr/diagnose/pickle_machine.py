@@ -138,6 +138,8 @@ class _Machine(PickleStack):
         self._stack.append(())
 
     def _do_empty_dict(self, _: None) -> None:
+        # As much memory as two of anything else.
+        self._made()
         self._push_made(Dict())
 
     def _do_empty_set(self, _: None) -> None:

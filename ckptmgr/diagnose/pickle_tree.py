@@ -13,7 +13,7 @@ from ckptmgr.diagnose.plain_words import clean, listed, plural
 __all__ = ["Recognised", "recognise", "tensor_facts", "tensors_in"]
 
 _MAX_DEPTH = 40
-_MAX_VISITS = 1_500_000
+_MAX_VISITS = 400_000
 MAX_CONTENTS = 200
 
 # Where training loops keep the weights, the likeliest first.
