@@ -25,6 +25,7 @@ __all__ = ["COMMANDS", "main", "run"]
 
 COMMANDS = {
     "completion": "Print the script that makes a shell complete what is typed.",
+    "export": "Write a checkpoint as files that other tools read.",
     "ls": "List the checkpoints of a run, or the runs of a directory.",
     "prune": "Delete the checkpoints that no policy keeps.",
     "resume": "Start a run again, where it stopped.",

@@ -8,7 +8,7 @@ import enum
 import logging
 import os
 from argparse import Namespace
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,9 +43,11 @@ __all__ = [
     "optimizer_order",
     "options_of",
     "plain_checkpoint",
+    "plain_values",
     "restore_optimizers_and_schedulers",
     "same_number",
     "scheduler_handler",
+    "with_versions",
 ]
 
 _log = logging.getLogger("ckptmgr")
@@ -156,7 +158,7 @@ def assemble(loaded: LoadedCheckpoint, module: Any = None) -> dict[str, Any]:
         keys = {prefixes.own_name(key): key for key in live}
         state = {keys.get(name, name): value for name, value in state.items()}
         state = {key: as_live(value, live[key]) if key in live else value for key, value in state.items()}
-    checkpoint["state_dict"] = _with_versions(state, tree.get("versions", {}))
+    checkpoint["state_dict"] = with_versions(state, tree.get("versions", {}))
     return checkpoint
 
 
@@ -164,7 +166,7 @@ def plain_checkpoint(loaded: LoadedCheckpoint) -> dict[str, Any]:
     """Return a checkpoint of tensors and plain values only, which ``torch.load(..., weights_only=True)`` accepts."""
     checkpoint = assemble(loaded)
     state = checkpoint.pop("state_dict")
-    return {**_plain(checkpoint), "state_dict": state}
+    return {**plain_values(checkpoint), "state_dict": state}
 
 
 def check_model(module: Any, loaded: LoadedCheckpoint) -> None:
@@ -273,7 +275,8 @@ def _why_unstorable(value: Any) -> str | None:
     return None
 
 
-def _with_versions(state: Mapping[str, Any], versions: Mapping[str, int]) -> OrderedDict[str, Any]:
+def with_versions(state: Mapping[str, Any], versions: Mapping[str, int]) -> OrderedDict[str, Any]:
+    """Return a state dict as a module gives it, with the versions of its parts."""
     ordered = OrderedDict(state)
     prefixes = {""}
     for name in state:
@@ -285,21 +288,28 @@ def _with_versions(state: Mapping[str, Any], versions: Mapping[str, int]) -> Ord
     return ordered
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
+    """Turn nested values into such that the restricted loader of torch takes, as far as they have such a form."""
+    if isinstance(value, Counter):
+        # A scheduler's milestones: a dict would lack what is called on them.
+        return Counter({plain_values(key): item for key, item in value.items()})
     if isinstance(value, Mapping) and not isinstance(value, dict):
         value = dict(value)
     if isinstance(value, dict):
-        return {_plain(key): _plain(item) for key, item in value.items()}
+        return {plain_values(key): plain_values(item) for key, item in value.items()}
     if isinstance(value, Namespace):
-        return {key: _plain(item) for key, item in vars(value).items()}
+        return {key: plain_values(item) for key, item in vars(value).items()}
     if isinstance(value, list | tuple):
-        return type(value)(_plain(item) for item in value) if type(value) in (list, tuple) else list(map(_plain, value))
+        kind = type(value) if type(value) in (list, tuple) else list
+        return kind(plain_values(item) for item in value)
+    if isinstance(value, deque | range):
+        return [plain_values(item) for item in value]
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.copy()) if value.dtype.kind in "biufc" else value.tolist()
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, enum.Enum):
-        return _plain(value.value)
+        return plain_values(value.value)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, datetime.date | datetime.time):
@@ -307,11 +317,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, datetime.timedelta):
         return value.total_seconds()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: plain_values(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if type(value).__module__.startswith("omegaconf"):
         from omegaconf import OmegaConf
 
-        return _plain(OmegaConf.to_container(value))
+        return plain_values(OmegaConf.to_container(value))
     return value
 
 
