@@ -47,6 +47,7 @@ __all__ = [
     "restore_optimizers_and_schedulers",
     "same_number",
     "scheduler_handler",
+    "scheduler_state",
     "with_versions",
 ]
 
@@ -232,16 +233,19 @@ def restore_optimizers_and_schedulers(trainer: Any, loaded: LoadedCheckpoint, op
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     same_number("optimizer", len(saved), len(optimizers))
     same_number("LR scheduler", len(tree["lr_schedulers"]), len(schedulers))
+    own = [
+        scheduler_state(scheduler, state) for scheduler, state in zip(schedulers, tree["lr_schedulers"], strict=True)
+    ]
     for optimizer, entry in zip(optimizers, saved, strict=True):
         handler.check(optimizer, entry.tree, names)
-    for scheduler, state in zip(schedulers, tree["lr_schedulers"], strict=True):
+    for scheduler, state in zip(schedulers, own, strict=True):
         scheduler_handler(scheduler).check(scheduler, state, names)
-    states = [*(entry.tree for entry in saved), *tree["lr_schedulers"]]
+    states = [*(entry.tree for entry in saved), *own]
     # Checkpoints of earlier versions do not tell what they were built with.
     options.check(tree.get("options"), dict(zip(drivers_of(trainer), states, strict=True)))
     for optimizer, entry in zip(optimizers, saved, strict=True):
         handler.restore(optimizer, entry.tree, names)
-    for scheduler, state in zip(schedulers, tree["lr_schedulers"], strict=True):
+    for scheduler, state in zip(schedulers, own, strict=True):
         scheduler_handler(scheduler).restore(scheduler, state, names)
     options.take_up(tree.get("options"))
 
@@ -329,6 +333,12 @@ def scheduler_handler(scheduler: Any) -> StatefulHandler:
     """Return the handler of a scheduler; not every one is derived from torch's."""
     handler = SchedulerHandler()
     return handler if handler.handles(scheduler) else StatefulHandler()
+
+
+def scheduler_state(scheduler: Any, state: Any) -> Any:
+    """Return a scheduler's state as its handler wants it: an imported one does not say of which kind it is."""
+    is_untyped = isinstance(state, Mapping) and state.keys() == {"type", "state"} and state["type"] is None
+    return state["state"] if is_untyped and not SchedulerHandler().handles(scheduler) else state
 
 
 def numbered(name: str, index: int, count: int) -> str:
