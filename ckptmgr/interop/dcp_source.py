@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -24,6 +25,7 @@ from ckptmgr.interop.state_dicts import Found, find_state_dict
 
 __all__ = ["read_dcp"]
 
+_PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path")
 _MAX_METADATA_NBYTES = 1024 * 1024 * 1024
 
 
@@ -48,7 +50,12 @@ def read_dcp(directory: Path, *, key: str | None) -> tuple[Found, list[str]]:
         for name, record in described.state_dict_metadata.items()
         if isinstance(record, TensorStorageMetadata)
     }
-    _check(directory, described, tensors)
+    try:
+        _check(directory, described, tensors)
+    except CkptmgrError:
+        raise
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _damaged(directory, f".metadata contradicts itself: {type(error).__name__}: {error}") from error
     # Tensors without memory stand for those that are there, until it is known which are wanted.
     nested: dict[str, Any] = {}
     flat_names: dict[int, str] = {}
@@ -88,6 +95,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     } | {
         ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
         ("collections", "OrderedDict"): dict,
+        # Where it was saved.
+        **{(place, name): PurePosixPath for place in ("pathlib", "pathlib._local") for name in _PATHS},
     }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -163,8 +172,10 @@ def _load(directory: Path, described: Metadata, wanted: Mapping[str, TensorStora
     state: dict[str, Any] = {name: torch.empty(r.size, dtype=r.properties.dtype) for name, r in wanted.items()}
     try:
         load(state, storage_reader=_Reader(directory, described), no_dist=True)
-    except CkptmgrError:
-        raise
+    except CheckpointException as error:
+        # Of what failed on which rank; there is one here.
+        failure = next(iter(error.failures.values()))[0]
+        raise _damaged(directory, f"{type(failure).__name__}: {failure}".splitlines()[0][:300]) from error
     except Exception as error:
         raise _damaged(directory, f"{type(error).__name__}: {error}".splitlines()[0][:300]) from error
     return state

@@ -156,7 +156,9 @@ def _optimizers(
     states = [load_restricted(member(directory, name), allow=allow) for name in present]
     if any(not isinstance(item, Mapping) for item in states):
         raise UsageError(f"{', '.join(present)} hold no state dicts", next="--weights-only leaves them out")
-    naming = name_optimizers(states, state, live)
+    # A file of torch.save keeps the order of the module.
+    is_ordered = (directory / "pytorch_model.bin").exists() and not (directory / "model.safetensors").exists()
+    naming = name_optimizers(states, state, live, is_ordered=is_ordered)
     parts.entries += naming.entries
     if naming.note is not None:
         parts.notes.append(naming.note)

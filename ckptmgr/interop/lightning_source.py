@@ -10,7 +10,7 @@ import copy
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from ckptmgr.errors import CorruptCheckpointError, UnsupportedStateError
+from ckptmgr.errors import CkptmgrError, CorruptCheckpointError, UnsupportedStateError
 from ckptmgr.interop.contents import Contents
 from ckptmgr.interop.live_model import LiveModel
 from ckptmgr.interop.optimizer_source import name_optimizers
@@ -72,6 +72,8 @@ def read_lightning(
         position = _place(loops, states, step)
         schedulers = list(checkpoint.get("lr_schedulers", ()))
         naming = name_optimizers(checkpoint["optimizer_states"], state, live, entry=MODEL)
+    except CkptmgrError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise _not_as_meant(name, f"{type(error).__name__}: {error}") from error
     lacks = _lacks(position, schedulers)

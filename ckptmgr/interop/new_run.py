@@ -9,6 +9,7 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,10 @@ def open_empty(run_dir: str, *, storage_options: Mapping[str, Any] | None = None
     catalog = Catalog(storage)
     others = sorted(catalog.sizes)
     if isinstance(storage, LocalStorage) and not others and Path(storage.url).is_dir():
-        # A storage lists what can be its own only. What else lies there is somebody's, too.
-        others = sorted(path.name for path in Path(storage.url).iterdir())
+        # A storage lists what can be its own only. What else lies there is somebody's, too. Empty directories are
+        # nobody's: an import that failed leaves them.
+        root = Path(storage.url)
+        others = [str(p.relative_to(root)) for p in islice((p for p in root.rglob("*") if not p.is_dir()), 4)]
     if catalog.is_run or catalog.committed:
         why = f"it holds a run with {len(catalog.committed)} checkpoints"
     elif others:

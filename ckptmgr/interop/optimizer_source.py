@@ -42,7 +42,12 @@ class Naming:
 
 
 def name_optimizers(
-    states: Sequence[Mapping[str, Any]], model: Mapping[str, Any], live: LiveModel | None, *, entry: str = "model"
+    states: Sequence[Mapping[str, Any]],
+    model: Mapping[str, Any],
+    live: LiveModel | None,
+    *,
+    is_ordered: bool = True,
+    entry: str = "model",
 ) -> Naming:
     """Name the parameters of optimizer states.
 
@@ -50,6 +55,7 @@ def name_optimizers(
         states: As `torch.optim.Optimizer.state_dict` gives them, in the order of the optimizers.
         model: The state dict beside them.
         live: The model of ``--model``, if it was given.
+        is_ordered: The state dict has the order of the module. A safetensors file has not: it sorts by name.
         entry: Entry of the model, with which names begin.
 
     Raises:
@@ -70,7 +76,7 @@ def name_optimizers(
         parameters: dict[str, torch.Tensor] = {f"{entry}/{name}": p for name, p in live.parameters.items()}
         return _naming(states, [[_prefixed(entry, names) for names in groups] for groups in named], parameters, "exact")
     candidates = names_of_parameters(model)
-    guessed = _in_order(states, sizes, candidates)
+    guessed = _in_order(states, sizes, candidates) if is_ordered else None
     if guessed is not None:
         parameters = {f"{entry}/{name}": tensor for name, tensor in candidates.items()}
         return _naming(

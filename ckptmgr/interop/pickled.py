@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ckptmgr.errors import CorruptCheckpointError, NotAllowedError, UsageError
@@ -64,7 +66,12 @@ def load_restricted(path: Path, *, allow: Sequence[str] = ()) -> Any:
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         _check_archive(path)
-    with torch.serialization.safe_globals(allowed):
+    if "numpy.dtype" in allow:
+        # Of each dtype NumPy has a class of its own, whose name stands in no file.
+        allowed += [item for item in vars(np.dtypes).values() if isinstance(item, type)]
+    with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+        # torch warns of what its own loader does, for quantized tensors.
+        warnings.simplefilter("ignore")
         needed = _needed_globals(path) if is_zip else []
         if needed:
             raise _not_allowed(path, needed)
@@ -148,6 +155,12 @@ def _not_allowed(path: Path, needed: Sequence[str]) -> NotAllowedError:
 
 def _refused(path: Path, error: Exception) -> NotAllowedError | CorruptCheckpointError:
     text = str(error)
+    if "Unsupported operand" in text:
+        return NotAllowedError(
+            f"{path} is a pickle that torch.save has not written",
+            why="it may hold any object, and to load it would run its code; nothing was loaded",
+            next="load it with the program that wrote it, and save its state_dict() with torch.save",
+        )
     # torch's message is a page of advice, with the reason somewhere in it.
     lines = [line.strip() for line in text.splitlines() if "GLOBAL" in line or "nsupported" in line]
     if lines:
@@ -156,7 +169,7 @@ def _refused(path: Path, error: Exception) -> NotAllowedError | CorruptCheckpoin
             why=lines[0][:300],
             next="if you know where the file is from, allow what it needs by name: --allow package.Class",
         )
-    return _damaged(path, _first_line(error))
+    return _damaged(path, text.partition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or _first_line(error))
 
 
 def _check_archive(path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 import zipfile
 from pathlib import Path
 
@@ -63,10 +61,10 @@ def kind_of(place: Path) -> str:
     """
     if place.is_dir():
         return _kind_of_directory(place)
+    # Looked at before it is opened: a pipe would be waited for.
+    if not place.is_file():
+        raise UsageError(f"{place} is no regular file", next="give a file or a directory")
     with place.open("rb") as file:
-        size = os.fstat(file.fileno())
-        if not stat.S_ISREG(size.st_mode):
-            raise UsageError(f"{place} is no regular file", next="give a file or a directory")
         head = file.read(64)
     if not head:
         raise CorruptCheckpointError(f"{place} is empty", next="copy or download it again")

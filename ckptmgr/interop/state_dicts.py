@@ -82,7 +82,8 @@ def is_state_dict(value: Any) -> bool:
 
 def module_entry(state: Mapping[str, Any], *, name: str = "model") -> CapturedEntry:
     """Return the entry that a module of this state would give."""
-    tree: dict[str, Any] = {"tensors": {key: item for key, item in state.items() if isinstance(item, torch.Tensor)}}
+    tensors = {key: item for key, item in state.items() if isinstance(item, torch.Tensor)}
+    tree: dict[str, Any] = {"tensors": tensors, "imported": True}
     if len(tree["tensors"]) < len(state):
         tree["values"] = {key: item for key, item in state.items() if key not in tree["tensors"]}
     metadata = getattr(state, "_metadata", None)
