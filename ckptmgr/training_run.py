@@ -250,7 +250,15 @@ class TrainingRun:
             run_id=self._run_id,
             reason=reason,
             entries=tuple(
-                EntryRecord(name=e.name, handler=e.handler, handler_version=e.version, scope=e.scope) for e in entries
+                EntryRecord(
+                    name=e.name,
+                    handler=e.handler,
+                    handler_version=e.version,
+                    scope=e.scope,
+                    fingerprint=e.fingerprint,
+                    classes=dict(e.classes),
+                )
+                for e in entries
             ),
             epoch=epoch,
             metrics=dict(metrics or {}),

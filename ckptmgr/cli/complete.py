@@ -11,7 +11,7 @@ from ckptmgr.errors import CkptmgrError, CorruptCheckpointError
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.storage.open import open_storage
 
-__all__ = ["complete_directory", "complete_file", "complete_reference"]
+__all__ = ["complete_checkpoint", "complete_directory", "complete_file", "complete_reference"]
 
 _MAX_CHECKPOINTS = 50
 """A run may have thousands, and a shell waits for the answer."""
@@ -44,6 +44,16 @@ def complete_reference(
     except (CkptmgrError, OSError):
         return []
     return [CompletionItem(f"{run_dir}@{selector}", help=what) for selector, what in found]
+
+
+def complete_checkpoint(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem[str]]:
+    """Complete ``RUN_DIR@…`` as `complete_reference`, and before that a directory or a file."""
+    _, at, begun = incomplete.rpartition("@")
+    if not at or "/" in begun:
+        return complete_file(context, parameter, incomplete)
+    return complete_reference(context, parameter, incomplete)
 
 
 def _selectors(catalog: Catalog) -> Iterator[tuple[str, str]]:

@@ -25,6 +25,8 @@ __all__ = ["COMMANDS", "main", "run"]
 
 COMMANDS = {
     "completion": "Print the script that makes a shell complete what is typed.",
+    "diff": "Compare two checkpoints: configuration, code, state and weights.",
+    "doctor": "Say what a file is, why it does not load, and what to do.",
     "export": "Write a checkpoint as files that other tools read.",
     "import": "Make a new run of what another tool has saved.",
     "ls": "List the checkpoints of a run, or the runs of a directory.",

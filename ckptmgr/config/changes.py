@@ -61,6 +61,12 @@ class Change:
         # A key may hold anything that YAML can quote.
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{self.key}: {text}")
 
+    @property
+    def texts(self) -> tuple[str | None, str | None]:
+        """Old and new value as short text without secrets; None for what is not there."""
+        old, new = (None if value is ABSENT else self._shown(value) for value in (self.old, self.new))
+        return old, new
+
     def _shown(self, value: object) -> str:
         text = dump_flow(value)
         is_plain_reference = isinstance(value, str) and value.startswith("${")

@@ -6,9 +6,7 @@ cannot say.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from itertools import product
+from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -19,6 +17,7 @@ from ckptmgr.format.encoding import ITEM_NBITS, numel, payload_nbytes
 from ckptmgr.format.layout import CheckpointId, check_key
 from ckptmgr.format.payload import Scope
 from ckptmgr.format.record import MAX_MANIFEST_NBYTES, NEWEST_VERSION, RANKS_VERSION, decode_excerpt, decode_record
+from ckptmgr.format.tiling import covers_once
 
 __all__ = [
     "MAX_TENSORS",
@@ -46,8 +45,10 @@ __all__ = [
 
 MAX_TENSORS = 1_000_000
 
-# A dimension of a mesh cuts one dimension of a tensor, and meshes have few.
-_MAX_CUT_DIMS = 8
+# No framework has tensors of more, or larger ones. Products of sizes without these bounds could take hours.
+_MAX_DIMS = 64
+_MAX_SIZE = 2**63 - 1
+_MAX_SHOWN = 400
 
 MetricValue: TypeAlias = float | Literal["nan", "inf", "-inf"]
 """JSON has no non-finite numbers, so they are words."""
@@ -110,7 +111,9 @@ class AttemptEnd(_Record, frozen=True):
 class FileRecord(_Record, frozen=True):
     """One file: path below the run's root, size, and digest over all its blocks.
 
-    ``blocks`` lists the digests of a document's blocks, or of a safetensors file's header, in hex.
+    ``blocks`` lists the digests of a document's blocks, or of a safetensors file's header, in hex. A tool's own file
+    has the entry that it belongs to, the name by which the entry's tree refers to it, and the rank whose it is, where
+    each rank has its own.
     """
 
     path: str
@@ -118,6 +121,9 @@ class FileRecord(_Record, frozen=True):
     digest: str
     header_nbytes: int = 0
     blocks: str = ""
+    entry: str | None = None
+    name: str | None = None
+    rank: int | None = None
 
 
 class TensorRecord(_Record, frozen=True):
@@ -158,12 +164,16 @@ class EntryRecord(_Record, frozen=True):
 
     Attributes:
         scope: ``replicated``: rank 0's document holds it for all. ``per-rank``: each rank's document holds its own.
+        fingerprint: Digest of what a preprocessor does, 32 hex digits; None for other entries.
+        classes: Code that a module is made of: class → digest of its source, 32 hex digits; None where it has none.
     """
 
     name: str
     handler: str
     handler_version: int
     scope: Literal["replicated", "per-rank"] = "replicated"
+    fingerprint: str | None = None
+    classes: dict[str, str | None] = {}
 
 
 class Topology(_Record, frozen=True):
@@ -269,7 +279,8 @@ def decode_manifest(data: bytes, *, where: str, checkpoint: CheckpointId) -> Man
     except (ValueError, UsageError) as error:
         raise CorruptCheckpointError(
             f"{where} contradicts itself",
-            why=str(error),
+            # What it quotes may be as long as the manifest.
+            why=text if len(text := str(error)) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…",
             next="resume from another checkpoint; `ckptmgr ls` lists them",
         ) from error
     return manifest
@@ -283,7 +294,9 @@ def decode_manifest_excerpt(data: bytes, *, where: str, checkpoint: CheckpointId
     """
     excerpt = decode_excerpt(data, ManifestExcerpt, where=where, max_nbytes=MAX_MANIFEST_NBYTES)
     if excerpt.checkpoint != str(checkpoint):
-        raise CorruptCheckpointError(f"{where} contradicts itself", why=f"it is the manifest of {excerpt.checkpoint}")
+        raise CorruptCheckpointError(
+            f"{where} contradicts itself", why=f"it is the manifest of {excerpt.checkpoint[:_MAX_SHOWN]}"
+        )
     return excerpt
 
 
@@ -318,6 +331,9 @@ def check_manifest(manifest: Manifest) -> None:
     names = {entry.name for entry in manifest.entries}
     if len(names) != len(manifest.entries):
         raise ValueError("an entry is listed twice")
+    stored = [(file.entry, file.name, file.rank) for file in manifest.files if file.entry is not None]
+    if len(set(stored)) != len(stored) or any(entry not in names or name is None for entry, name, _ in stored):
+        raise ValueError("a file of an entry is listed twice, has no name, or its entry is not listed")
     seen: set[tuple[str, str, int | None]] = set()
     for tensor in manifest.tensors:
         _check_tensor(tensor, manifest.files)
@@ -353,31 +369,17 @@ def check_shards(tensors: Iterable[TensorRecord]) -> None:
     for key, (shape, _) in whole.items():
         if found[key] != numel(shape):
             raise ValueError(f"{'/'.join(key)}: its shards hold {found[key]} of {numel(shape)} elements")
-        if not _is_tiled(shape, boxes[key]):
+        if not covers_once(shape, boxes[key]):
             raise ValueError(f"{'/'.join(key)}: its shards overlap, and leave a part of it out")
-
-
-def _is_tiled(whole: tuple[int, ...], boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """Say whether boxes, given by offset and shape, cover a whole, each element once.
-
-    How often elements are covered follows from the corners of the boxes alone: with the sign of its parity, each corner
-    of the whole is left over, and all others cancel out. So no pair of boxes is compared.
-    """
-    cut = [dim for dim, size in enumerate(whole) if any(shape[dim] != size for _, shape in boxes)]
-    if len(cut) > _MAX_CUT_DIMS:
-        return False
-    corners: Counter[tuple[int, ...]] = Counter()
-    for sign, offset, shape in ((-1, (0,) * len(whole), whole), *((1, *box) for box in boxes)):
-        for ends in product((0, 1), repeat=len(cut)):
-            corner = tuple(offset[dim] + end * shape[dim] for dim, end in zip(cut, ends, strict=True))
-            corners[corner] += -sign if sum(ends) % 2 else sign
-    return not any(corners.values())
 
 
 def _check_tensor(tensor: TensorRecord, files: tuple[FileRecord, ...]) -> None:
     where = f"{tensor.entry}/{tensor.name}"
     if not 0 <= tensor.file < len(files):
         raise ValueError(f"{where}: file {tensor.file} is not listed")
+    for sizes in (tensor.shape, tensor.logical_shape, tensor.global_shape, tensor.global_offset, tensor.order):
+        if sizes is not None and (len(sizes) > _MAX_DIMS or any(abs(size) > _MAX_SIZE for size in sizes)):
+            raise ValueError(f"{where}: {str(sizes)[:_MAX_SHOWN]} is more than a tensor has")
     if tensor.dtype not in ITEM_NBITS or any(size < 0 for size in tensor.shape):
         raise ValueError(f"{where}: {tensor.dtype} {tensor.shape} is no dtype and shape of the format")
     if payload_nbytes(tensor.dtype, tensor.shape) != tensor.nbytes:

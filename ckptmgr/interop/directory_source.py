@@ -21,6 +21,7 @@ from ckptmgr.interop.source import member
 from ckptmgr.interop.state_dicts import find_state_dict, module_entry
 from ckptmgr.interop.tokenizer import preprocessor_entry
 from ckptmgr.state.entry import CapturedEntry
+from ckptmgr.state.stored_file import check_stored_name
 
 __all__ = ["read_accelerate", "read_model_directory", "read_trainer_directory"]
 
@@ -196,6 +197,11 @@ def _keep_files(directory: Path, parts: _Parts) -> None:
         real = member(directory, path.name)
         if real.stat().st_size > MAX_FILE_NBYTES:
             parts.notes.append(f"{path.name} is left out: it is larger than {MAX_FILE_NBYTES} bytes")
+            continue
+        try:
+            check_stored_name(path.name, "the directory")
+        except CkptmgrError:
+            parts.notes.append(f"{path.name} is left out: no checkpoint can hold a file of that name")
             continue
         files[path.name] = real.read_bytes()
     if files:

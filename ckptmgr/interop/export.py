@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 from ckptmgr.errors import UsageError
-from ckptmgr.interop.huggingface_files import HUGGINGFACE, is_model_file, stored_files
+from ckptmgr.interop.huggingface_files import stored_files
 from ckptmgr.interop.lightning_file import is_lightning_entry, lightning_checkpoint
 from ckptmgr.interop.safetensors_files import is_weight_file, parse_size, write_folder, write_one
 from ckptmgr.interop.stored import StoredCheckpoint, model_entry, open_checkpoint
@@ -131,13 +131,14 @@ def _export_safetensors(
     options: dict[str, Any] | None,
 ) -> Exported:
     is_folder = format == "huggingface" or not _is_one_file(target)
-    has_files = HUGGINGFACE in checkpoint.handlers
-    if format == "huggingface" and not has_files:
+    files = stored_files(checkpoint) if format == "huggingface" else {}
+    if format == "huggingface" and not files:
         raise UsageError(
-            f"{checkpoint.reference} holds no config.json",
-            why="only a run that was imported from a Hugging Face directory has its files",
+            f"{checkpoint.reference} holds neither a config.json nor a tokenizer",
+            why="they come with an import of a Hugging Face directory, or with a tokenizer as the preprocessor",
             next="--format safetensors writes the weights; put the config.json of the model beside them",
         )
+    notes = [] if not files or "config.json" in files else ["put the config.json of the model beside them"]
     with (
         progress(f"exporting step {checkpoint.manifest.step}", weights.nbytes) as advance,
         open_target(
@@ -150,13 +151,10 @@ def _export_safetensors(
             with opened.create(names[0]) as file:
                 write_one(file, weights.weights, reader)
         else:
-            names = []
-            if format == "huggingface":
-                for name, content in stored_files(checkpoint).items():
-                    if is_model_file(name):
-                        with opened.create(name) as file:
-                            file.write(content)
-                        names.append(name)
+            for name, content in files.items():
+                with opened.create(name) as file:
+                    file.write(content)
+            names = [*files]
             names += write_folder(opened, weights, reader, max_shard_nbytes=limit)
     return Exported(
         checkpoint.reference,
@@ -165,6 +163,7 @@ def _export_safetensors(
         len(weights.weights),
         weights.tied,
         weights.left_out,
+        tuple(notes),
     )
 
 

@@ -112,7 +112,14 @@ def create_run(
             run_id=run_id,
             reason=reason,
             entries=tuple(
-                EntryRecord(name=e.name, handler=e.handler, handler_version=e.version, scope=e.scope) for e in entries
+                EntryRecord(
+                    name=e.name,
+                    handler=e.handler,
+                    handler_version=e.version,
+                    scope=e.scope,
+                    fingerprint=e.fingerprint,
+                )
+                for e in entries
             ),
             epoch=epoch,
             environment=dict(environment),
@@ -137,12 +144,17 @@ def _payloads(entries: Sequence[CapturedEntry]) -> tuple[list[FilePayload], int]
     for position, entry in enumerate(entries):
         encoder = EntryEncoder(entry)
         trees[entry.name] = encoder.tree
+        stem = payload_stem(entry.name, position)
+        files += [
+            FilePayload(f"{stem}.{key}", content=file.content, entry=entry.name, stored_as=key)
+            for key, file in encoder.files.items()
+        ]
         stored = sorted(encoder.tensors, key=lambda item: (-item.source.dtype.itemsize, item.name))
         if stored:
             tensors = tuple(_payload(entry.name, item) for item in stored)
-            files.append(FilePayload(f"{payload_stem(entry.name, position)}.safetensors", tensors))
+            files.append(FilePayload(f"{stem}.safetensors", tensors))
     document = json.dumps({"entries": trees}, allow_nan=False, separators=(",", ":")).encode()
-    files.append(FilePayload("state.json", content=document))
+    files.append(FilePayload("state.json", content=document, is_state=True))
     return files, sum(file.nbytes for file in files)
 
 

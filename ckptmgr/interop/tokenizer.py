@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ckptmgr.errors import CkptmgrError
+from ckptmgr.preprocess.handler import PREPROCESSOR, PreprocessorHandler
 from ckptmgr.state.entry import CapturedEntry
-from ckptmgr.state.handlers import REGISTRY
 from ckptmgr.state.names import ParameterNames
 
-__all__ = ["PREPROCESSOR", "preprocessor_entry"]
-
-PREPROCESSOR = "preprocessor"
+__all__ = ["preprocessor_entry"]
 
 _MARKS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
-# What takes any object is no handler of preprocessors.
-_GENERAL = ("stateful", "values")
 
 
 def preprocessor_entry(directory: Path, files: Mapping[str, bytes]) -> tuple[CapturedEntry | None, str | None]:
@@ -33,19 +28,14 @@ def preprocessor_entry(directory: Path, files: Mapping[str, bytes]) -> tuple[Cap
     try:
         from transformers import AutoTokenizer
     except ImportError:
-        return (
-            None,
-            "the tokenizer's files are kept; transformers is not installed, so it is not checked that they load",
-        )
+        return None, "the tokenizer's files are kept; transformers is not installed, so they are not loaded"
+    handler = PreprocessorHandler()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-        handler = REGISTRY.find(PREPROCESSOR, tokenizer)
-    except CkptmgrError:
-        return None, None
+        tree = handler.capture(tokenizer, ParameterNames({}))
     except Exception as error:
+        # Whatever a library meets in files of another release, or of nobody's.
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        return None, f"the tokenizer's files are kept, but transformers does not load them: {reason}"
-    if handler.name in _GENERAL:
-        return None, None
-    tree = handler.capture(tokenizer, ParameterNames({}))
-    return CapturedEntry(PREPROCESSOR, handler.name, handler.version, tree), None
+        return None, f"the tokenizer's files are kept, but they do not load here: {reason}"
+    fingerprint = handler.fingerprint(tree)
+    return CapturedEntry(PREPROCESSOR, handler.name, handler.version, tree, fingerprint=fingerprint), None

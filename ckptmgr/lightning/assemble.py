@@ -28,6 +28,7 @@ from ckptmgr.state.names import ParameterNames, WrapperPrefixes
 from ckptmgr.state.optimizer import OptimizerHandler
 from ckptmgr.state.renamed_entries import in_live_names
 from ckptmgr.state.sharding import as_live
+from ckptmgr.state.sources import class_sources
 from ckptmgr.state.stateful import SchedulerHandler, StatefulHandler
 from ckptmgr.state.training_options import OnChangedOptions, TrainingOptions
 
@@ -39,6 +40,7 @@ __all__ = [
     "check_model",
     "drivers_of",
     "in_names_of",
+    "load_model",
     "numbered",
     "optimizer_order",
     "options_of",
@@ -54,6 +56,7 @@ __all__ = [
 _log = logging.getLogger("ckptmgr")
 
 MODEL, TRAINER, RNG, DATA = "model", "trainer", "rng", "data"
+GOLDEN = "golden"
 METRICS = "metrics"
 """What each rank has logged, in a job of several; one rank has it in the entry of the Trainer."""
 INFERENCE_ENTRIES = (MODEL, TRAINER)
@@ -98,6 +101,7 @@ def capture_entries(
         _model_tree(module, checkpoint, names),
         # Only the wrapper around the module knows whether its buffers are sent to all ranks.
         tensor_scopes={} if is_alone else ModuleHandler().tensor_scopes(trainer.strategy.model),
+        classes=class_sources(module),
     )
     optimizer_states: Sequence[Any] = checkpoint.pop("optimizer_states", [])
     checkpoint.pop("lr_schedulers", None)
@@ -181,6 +185,19 @@ def check_model(module: Any, loaded: LoadedCheckpoint) -> None:
     if _decides_by_itself(module):
         return
     ModuleHandler().check(module, loaded.entries[MODEL].tree, ParameterNames({MODEL: module}))
+
+
+def load_model(module: Any, loaded: LoadedCheckpoint) -> None:
+    """Put a checkpoint's weights into a LightningModule outside of a Trainer, with the module's own hook.
+
+    Raises:
+        StateMismatchError: Names everything that does not fit.
+    """
+    loaded = in_names_of(module, loaded)
+    check_model(module, loaded)
+    checkpoint = assemble(loaded, module)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
 
 
 def in_names_of(module: Any, loaded: LoadedCheckpoint) -> LoadedCheckpoint:

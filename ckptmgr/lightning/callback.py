@@ -10,16 +10,19 @@ from datetime import timedelta
 from typing import Any, Literal, Self
 
 from ckptmgr.errors import Preempted
+from ckptmgr.golden.record import GoldenRecorder
+from ckptmgr.golden.samples import Golden, as_golden
 from ckptmgr.launch.requested import requested_run
 from ckptmgr.launch.run_directory import absolute
 from ckptmgr.lightning.arguments import refuse_shared_run, warn_of_unused
-from ckptmgr.lightning.assemble import MODEL
+from ckptmgr.lightning.assemble import GOLDEN, MODEL
 from ckptmgr.lightning.bases import tree_for, with_lightning_base
 from ckptmgr.lightning.checkpoint_io import install_checkpoint_io
 from ckptmgr.lightning.compat import check_compatible, module_of
 from ckptmgr.lightning.filesystem import own_reference
 from ckptmgr.lightning.loggers import Logs, begin_logs
 from ckptmgr.lightning.loops import Boundary, LoopHooks
+from ckptmgr.lightning.preprocessing import KeptPreprocessor
 from ckptmgr.lightning.resume import Resume
 from ckptmgr.lightning.run_view import RunView
 from ckptmgr.lightning.saving import Saver
@@ -69,6 +72,10 @@ class CheckpointManager(RunView):
         save_on_signal: Save and exit with code 75 at the next step boundary after SIGTERM.
         triggers: Decides when to save, instead of the intervals above: a trigger, an interval as text, or a list.
         retention: Decides what to keep, instead of the numbers above: a policy, or a list of them.
+        preprocessor: What turns raw input into what the model takes: a tokenizer, a scaler, transforms. It is saved
+            with the model, and compared with the checkpoint's when training goes on.
+        golden: A few raw inputs, or `Golden`, whose predictions are kept with each checkpoint: whoever loads it can
+            prove that preprocessing and model are what they were.
         resume: ``auto`` goes on where the run stopped, if it ever saved; ``must`` wants a checkpoint; ``never`` starts
             from nothing; a selector (``best``, a step, a tag, an id) goes back to that checkpoint; a reference to
             another run begins with its checkpoint, until this run has one of its own.
@@ -114,6 +121,8 @@ class CheckpointManager(RunView):
         save_on_signal: bool = True,
         triggers: Triggers | None = None,
         retention: RetentionPolicy | Sequence[RetentionPolicy] | None = None,
+        preprocessor: Any = None,
+        golden: Golden | Sequence[Any] | None = None,
         resume: str = "auto",
         on_changed_options: OnChangedOptions = "keep",
         selection: Selection | None = None,
@@ -147,6 +156,7 @@ class CheckpointManager(RunView):
         self._monitor = None if monitor is None else Monitor(monitor, mode)
         self._storage_options, self._on_changed_options = storage_options, checked_mode(on_changed_options)
         self._selection = selection
+        self._preprocessor, self._golden = KeptPreprocessor(preprocessor), as_golden(golden)
         self._background = check_switch(background, of="background")
         self._on_divergence = checked_divergence(on_divergence)
         self._ranks_timeout_s = parse_duration(ranks_timeout, of="CheckpointManager(ranks_timeout)")
@@ -208,6 +218,7 @@ class CheckpointManager(RunView):
             self._resume,
             self._open,
             ranks,
+            preprocessor=self._preprocessor,
             on_changed_options=self._on_changed_options,
             storage_options=self._storage_options,
             is_overridden=self._is_overridden,
@@ -238,6 +249,8 @@ class CheckpointManager(RunView):
             on_signal=self._saves_on_signal,
             continued=continued,
             validation_names=names,
+            preprocessor=self._preprocessor,
+            golden=GoldenRecorder(GOLDEN, self._golden),
         )
         self._saver.prove()
         if self._signal is not None:

@@ -15,9 +15,9 @@ from ckptmgr.lightning.assemble import (
     RNG,
     TRAINER,
     WEIGHTS_ONLY_REASON,
-    assemble,
     check_model,
     in_names_of,
+    load_model,
     options_of,
     restore_optimizers_and_schedulers,
 )
@@ -25,12 +25,14 @@ from ckptmgr.lightning.compat import module_of, tree_of
 from ckptmgr.lightning.filesystem import own_reference, url_of
 from ckptmgr.lightning.loggers import Logs
 from ckptmgr.lightning.loops import LoopHooks
+from ckptmgr.lightning.preprocessing import PREPROCESSOR, KeptPreprocessor
 from ckptmgr.lightning.selecting import TrainerSelection, restore_selected
 from ckptmgr.lightning.trainer_metrics import restore_metrics
 from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
 from ckptmgr.ranks.group import Ranks
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.reference import Reference, parse_reference
+from ckptmgr.state.entry import CapturedEntry
 from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.rng import capture_rng
 from ckptmgr.state.selection import Selection, SelectionReport
@@ -58,6 +60,7 @@ class Resume:
         resume: The manager's choice.
         open_run: Claims the run, given a choice.
         ranks: The processes of the job.
+        preprocessor: The manager's.
         on_changed_options: What to do about options that differ from the checkpoint's.
         storage_options: For reading other runs.
         is_overridden: ``ckptmgr resume`` says which run it is; what the script says does not count.
@@ -81,6 +84,7 @@ class Resume:
         open_run: Callable[[str], TrainingRun],
         ranks: Ranks,
         *,
+        preprocessor: KeptPreprocessor,
         on_changed_options: OnChangedOptions,
         storage_options: Mapping[str, Any] | None,
         is_overridden: bool = False,
@@ -97,6 +101,7 @@ class Resume:
         self._resume = resume
         self._open_run = open_run
         self._ranks = ranks
+        self._preprocessor = preprocessor
         self._on_changed_options = on_changed_options
         self._storage_options = storage_options
         self._is_overridden = is_overridden
@@ -156,6 +161,7 @@ class Resume:
         chosen = self._select(loaded)
         module = self._trainer.lightning_module
         check_model(module, in_names_of(module, loaded) if chosen is None else chosen.loaded)
+        self._preprocessor.check(loaded, _preprocessor_of(loaded, chosen))
 
     def accept(self) -> Any:
         """Record the line, and free what was loaded.
@@ -217,7 +223,7 @@ class Resume:
         """Apply the selection, if there is one, to a checkpoint that somebody has named."""
         if self._selection is None or not self._is_named or self._is_overridden:
             return None
-        return TrainerSelection(self._selection, loaded, self._trainer.lightning_module)
+        return TrainerSelection(self._selection, loaded, self._trainer.lightning_module, self._preprocessor)
 
     def _open_as_chosen(self) -> None:
         if self._resume in ("auto", "must", "never") or not any(mark in self._resume for mark in "/@\\"):
@@ -270,11 +276,9 @@ class Resume:
         assert hooks is not None
         assert self.run is not None
         module = trainer.lightning_module
-        self._check_together(chosen.loaded)
+        self._check_together(chosen.loaded, chosen)
         self._weights_before = copied_tree(dict(module.state_dict()))
-        checkpoint = assemble(chosen.loaded, module)
-        module.on_load_checkpoint(checkpoint)
-        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+        load_model(module, chosen.loaded)
         connector = trainer._checkpoint_connector
         original = connector.restore_training_state
 
@@ -285,6 +289,7 @@ class Resume:
             self.report = self._ranks.loop.together(
                 "restoring parts of optimizers", lambda: restore_selected(trainer, chosen, options)
             )
+            self._preprocessor.restore(chosen.preprocessor)
             original()
 
         connector.restore_training_state = restore
@@ -309,7 +314,7 @@ class Resume:
             )
         loaded = loaded if chosen is not None else in_names_of(trainer.lightning_module, loaded)
         tree = loaded.entries[TRAINER].tree
-        self._check_together(loaded)
+        self._check_together(loaded, chosen)
         self._weights_before = copied_tree(dict(trainer.lightning_module.state_dict()))
         position = loaded.entries[DATA].tree
         if explicit and position["place"] == "epoch":
@@ -343,6 +348,7 @@ class Resume:
                 restore_optimizers_and_schedulers(trainer, loaded, hooks.options)
             else:
                 self.report = restore_selected(trainer, chosen, hooks.options)
+            self._preprocessor.restore(_preprocessor_of(loaded, chosen))
 
         connector.restore_optimizers_and_schedulers = restore
         # It would run the model and its metrics once more than the run that goes on did.
@@ -353,9 +359,12 @@ class Resume:
         self._say(where_it_begins(loaded.run_dir, step, epoch=data["epoch"], nbatches=data["batches"]))
         return url
 
-    def _check_together(self, loaded: LoadedCheckpoint) -> None:
-        module = self._trainer.lightning_module
-        self._ranks.loop.together("comparing the checkpoint with the model", lambda: check_model(module, loaded))
+    def _check_together(self, loaded: LoadedCheckpoint, chosen: TrainerSelection | None) -> None:
+        def check() -> None:
+            check_model(self._trainer.lightning_module, loaded)
+            self._preprocessor.check(loaded, _preprocessor_of(loaded, chosen))
+
+        self._ranks.loop.together("comparing the checkpoint with the model", check)
 
     def _restore_sanity_check(self) -> None:
         if self._sanity_steps is not None:
@@ -365,3 +374,7 @@ class Resume:
         tree = tree_of(self._trainer)
         assert tree is not None
         module_of(tree, "utilities.rank_zero").rank_zero_info(message)
+
+
+def _preprocessor_of(loaded: LoadedCheckpoint, chosen: TrainerSelection | None) -> CapturedEntry | None:
+    return loaded.entries.get(PREPROCESSOR) if chosen is None else chosen.preprocessor

@@ -17,7 +17,7 @@ from torch import nn
 
 from ckptmgr import Checkpointer
 from ckptmgr.cli.main import run
-from ckptmgr.errors import CkptmgrError, CorruptCheckpointError, NotAllowedError, UsageError
+from ckptmgr.errors import CkptmgrError, CorruptCheckpointError, NotAllowedError, StateMismatchError, UsageError
 from ckptmgr.interop.export import export_checkpoint
 from ckptmgr.interop.import_run import import_run
 
@@ -247,6 +247,7 @@ def test_tokenizer_files_come_along_byte_for_byte(tmp_path: Path, pretrained: tu
     tokenizer = with_tokenizer(folder)
     (folder / "modeling_evil.py").write_text("raise SystemExit('this must not run')")
     told = import_run(str(folder), str(tmp_path / "run"))
+    assert told.entries == ("model", "huggingface", "preprocessor")
     assert any("code is not taken: modeling_evil.py" in note for note in told.notes)
     export_checkpoint(str(tmp_path / "run"), str(tmp_path / "back"), format="huggingface")
     from transformers import AutoTokenizer
@@ -256,6 +257,50 @@ def test_tokenizer_files_come_along_byte_for_byte(tmp_path: Path, pretrained: tu
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
     assert not (tmp_path / "back" / "modeling_evil.py").exists()
+
+
+@pytest.mark.parametrize("pretrained", ["gpt2"], indirect=True)
+def test_the_tokenizer_is_the_preprocessor_of_the_run_and_another_one_is_refused(
+    tmp_path: Path, pretrained: tuple[Any, Any, Path]
+) -> None:
+    model, inputs, folder = pretrained
+    tokenizer = with_tokenizer(folder)
+    import_run(str(folder), str(tmp_path / "run"))
+    other = type(model)(model.config).eval()
+    restored(tmp_path, model=other, preprocessor=tokenizer)
+    with torch.no_grad():
+        assert torch.equal(model(inputs).logits, other(inputs).logits)
+    tokenizer.add_tokens(["dog"])
+    with pytest.raises(StateMismatchError, match="preprocessor"):
+        restored(tmp_path, model=other, preprocessor=tokenizer)
+
+
+@pytest.mark.parametrize("pretrained", ["gpt2"], indirect=True)
+def test_a_run_that_trained_with_a_tokenizer_is_exported_with_its_files(
+    tmp_path: Path, pretrained: tuple[Any, Any, Path]
+) -> None:
+    model, _, folder = pretrained
+    tokenizer = with_tokenizer(folder)
+    with Checkpointer(tmp_path / "run", state={"model": model, "preprocessor": tokenizer}, every_n_steps=1) as ckpt:
+        ckpt.resume()
+        ckpt.step(1)
+    exported = export_checkpoint(str(tmp_path / "run"), str(tmp_path / "out"), format="huggingface")
+    assert any("config.json" in note for note in exported.notes)
+    assert {"tokenizer.json", "model.safetensors"} <= set(exported.files)
+
+
+@pytest.mark.parametrize("pretrained", ["gpt2"], indirect=True)
+@pytest.mark.parametrize("content", [b"{", b'{"version": "9"}', b"\xff\xfe", b"[]"])
+def test_a_tokenizer_that_does_not_load_is_kept_and_said(
+    tmp_path: Path, pretrained: tuple[Any, Any, Path], content: bytes
+) -> None:
+    _, _, folder = pretrained
+    (folder / "tokenizer.json").write_bytes(content)
+    told = import_run(str(folder), str(tmp_path / "run"))
+    assert told.entries == ("model", "huggingface")
+    assert any("do not load here" in note for note in told.notes)
+    export_checkpoint(str(tmp_path / "run"), str(tmp_path / "back"), format="huggingface")
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == content
 
 
 @pytest.mark.parametrize("pretrained", ["gpt2"], indirect=True)

@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from ckptmgr.errors import CorruptCheckpointError, FormatVersionError
+from ckptmgr.format.digest import block_digests, combined_digest
 from ckptmgr.format.manifest import AttemptClaim, RunMarker
 from ckptmgr.format.record import NEWEST_VERSION, decode_excerpt, decode_record, encode_record, parse_json
 
@@ -50,6 +51,13 @@ def test_fields_that_this_version_does_not_know_are_ignored() -> None:
 def test_a_record_that_is_too_large_is_refused_before_it_is_parsed() -> None:
     with pytest.raises(CorruptCheckpointError, match="at most 10"):
         decode_record(encode_record(CLAIM), AttemptClaim, where="claim.json", max_nbytes=10)
+
+
+def test_a_field_called_by_half_of_a_surrogate_pair_is_damage() -> None:
+    body = msgspec.json.encode(CLAIM).replace(b'"host"', b'"\\ud800"')
+    data = b'{"digest":"xxh3-128:' + combined_digest(block_digests(body)).encode() + b'","record":' + body + b"}\n"
+    with pytest.raises(CorruptCheckpointError, match="surrogates"):
+        decode_record(data, AttemptClaim, where="claim.json")
 
 
 @pytest.mark.parametrize(
