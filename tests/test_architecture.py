@@ -125,6 +125,8 @@ def test_a_file_can_be_read_in_five_minutes(path: Path) -> None:
         "ckptmgr.cli.main",
         "ckptmgr.run.catalog",
         "ckptmgr.run.verify",
+        "ckptmgr.cli.export",
+        "ckptmgr.cli.import_run",
         "ckptmgr.cli.prune",
         "ckptmgr.run.upkeep",
         "ckptmgr.run.life",

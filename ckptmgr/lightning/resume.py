@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,6 +45,8 @@ from ckptmgr.training_run import RUN_DIR_VARIABLE, TrainingRun
 from ckptmgr.words import printable_place, where_it_begins
 
 __all__ = ["Resume"]
+
+_log = logging.getLogger("ckptmgr")
 
 
 class Resume:
@@ -313,7 +316,8 @@ class Resume:
         url = url_of(loaded.reference)
         tree = loaded.entries[TRAINER].tree if TRAINER in loaded.entries else {}
         is_new_rank = self._ranks.rank >= loaded.manifest.topology.world_size
-        if tree.get("weights_only") or not {DATA, RNG} <= loaded.entries.keys():
+        needed = {DATA} if "imported" in tree else {DATA, RNG}
+        if tree.get("weights_only") or not needed <= loaded.entries.keys():
             raise UsageError(
                 f"{loaded.reference} cannot be resumed",
                 why=WEIGHTS_ONLY_REASON if tree.get("weights_only") else "it was not saved by a CheckpointManager",
@@ -328,13 +332,21 @@ class Resume:
             # Named by hand, a run that was stopped early is meant to go on.
             position = {**position, "should_stop": False}
         self.validation_names = set(tree["validation_names"])
-        metrics = loaded.entries[METRICS].tree if METRICS in loaded.entries else tree["metrics"]
+        metrics = loaded.entries[METRICS].tree if METRICS in loaded.entries else tree.get("metrics")
+
+        def restore_logged() -> None:
+            if metrics is not None:
+                restore_metrics(trainer, metrics, is_new_rank=is_new_rank)
+
+        has_rng = RNG in loaded.entries and (chosen is None or chosen.restores_rng)
         hooks.resume_at(
             position,
-            loaded.entries[RNG].tree if chosen is None or chosen.restores_rng else capture_rng(),
+            loaded.entries[RNG].tree if has_rng else capture_rng(),
             step=loaded.manifest.step,
-            on_resumed=lambda: restore_metrics(trainer, metrics, is_new_rank=is_new_rank),
+            on_resumed=restore_logged,
         )
+        if "imported" in tree and self._ranks.leads:
+            _log.warning("it was imported from %s: %s", tree["imported"]["from"], "; ".join(tree["imported"]["lacks"]))
         connector = trainer._checkpoint_connector
 
         def restore() -> None:
