@@ -39,7 +39,7 @@ class Diagnosis:
         against: What it was compared with, as it was named.
         uncomparable: Why it could not be compared, where one was asked for.
         drifts: What is not as it was when it was written, the likeliest cause of a failure first.
-        reading: Lines of Python that give ``state``, the tensors by name, where that is possible.
+        reading: Lines of Python that give ``state``, the tensors by name, and ``model``, as far as that is known.
         selection: A `Selection` that applies all proposals to a checkpoint of ours; None where that is not possible.
         is_damaged: Bytes of it are missing, or not those that were written.
     """
@@ -63,11 +63,20 @@ class Diagnosis:
     def code(self) -> tuple[str, ...]:
         """Return the lines that read the tensors, apply all proposals that are not unknown, and load the result."""
         lines = self.difference.code() if self.difference is not None else ()
-        return (*self.reading, *lines) if lines else ()
+        if not lines:
+            return ()
+        every = (*self.reading, *lines)
+        imports = dict.fromkeys(line for line in every if line.startswith(("import ", "from ")))
+        return (*imports, *(line for line in every if line not in imports))
 
 
 def diagnose(
-    place: str, look: Look, *, live: Sequence[TensorFacts] | None = None, against: str | None = None
+    place: str,
+    look: Look,
+    *,
+    live: Sequence[TensorFacts] | None = None,
+    against: str | None = None,
+    building: Sequence[str] = (),
 ) -> Diagnosis:
     """Look at a file or directory, and compare it with a model where there is one. Nothing of it is executed.
 
@@ -76,6 +85,7 @@ def diagnose(
         look: Recognises it.
         live: The tensors that a model has.
         against: What they are of, as the user named it.
+        building: Lines of Python that give ``model``.
 
     Raises:
         CheckpointNotFoundError, StorageError: As ``look``.
@@ -95,7 +105,7 @@ def diagnose(
         against=against,
         uncomparable=uncomparable,
         drifts=tuple(_drifts(artifact, recorded)),
-        reading=() if is_run else _reading(place, artifact),
+        reading=(*_reading(place, artifact), *building),
         selection=_selection(difference, recorded[1]) if difference is not None and recorded is not None else None,
         is_damaged=_is_damaged(artifact),
     )
@@ -152,4 +162,6 @@ def _reading(place: str, artifact: Artifact) -> tuple[str, ...]:
             "import torch",
             f'state = torch.load({place!r}, map_location="cpu", weights_only=True){part}',
         )
+    if artifact.kind in _RUN_KINDS:
+        return ("state = ...  # the model's tensors by name, as `ckptmgr export` writes them",)
     return ("state = ...  # the tensors of the file by name",)

@@ -7,7 +7,6 @@ from pathlib import Path
 from ckptmgr.errors import CkptmgrError
 from ckptmgr.format.layout import RUN_MARKER
 from ckptmgr.format.manifest import Manifest
-from ckptmgr.format.record import NEWEST_VERSION
 from ckptmgr.launch.git import GitState, read_git_state
 from ckptmgr.launch.project import find_project_root
 from ckptmgr.launch.start_record import StartRecord
@@ -28,11 +27,11 @@ def environment_then(storage: Storage, manifest: Manifest) -> dict[str, str]:
         manifest: The checkpoint's.
 
     Returns:
-        Package → version, with ``python``, ``cuda`` and ``machine``; ``format``; and ``git.commit`` and ``git.changes``
-        where the program is that of the current project, so that they mean anything here.
+        Package → version, with ``python``, ``cuda`` and ``machine``; and ``git.commit`` and ``git.changes`` where the
+        program is that of the current project, so that they mean anything here.
     """
     record = _start_record(storage, manifest.attempt)
-    found = {**(record.versions if record is not None else {}), **manifest.environment, "format": str(manifest.version)}
+    found = {**(record.versions if record is not None else {}), **manifest.environment}
     if record is not None and Path(record.project_root).name == _project().name:
         found |= _git_facts(record.git)
     return found
@@ -41,7 +40,7 @@ def environment_then(storage: Storage, manifest: Manifest) -> dict[str, str]:
 def environment_now() -> dict[str, str]:
     """Return the same of this process and of the project in the current directory."""
     root = _project()
-    found = {**recorded_versions(), "format": str(NEWEST_VERSION)}
+    found = recorded_versions()
     # A repository can name programs that git runs (filters). What came with a run directory is never executed.
     if not any((folder / RUN_MARKER).exists() for folder in (root, *root.parents)):
         found |= _git_facts(read_git_state(root, timeout_s=_GIT_TIMEOUT_S))

@@ -293,7 +293,8 @@ def test_nothing_to_verify_is_not_found(tmp_path: Path) -> None:
 # Wrong input
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"run", "completion"}))
+# `doctor` is for anything, whatever it is.
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"run", "completion", "doctor"}))
 def test_what_is_no_run_is_told_in_three_lines(tmp_path: Path, capsys: Output, command: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
