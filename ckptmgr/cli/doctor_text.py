@@ -69,7 +69,7 @@ def _print_difference(diagnosis: Diagnosis, difference: Difference) -> None:
     _section("of another dtype", dtypes)
     _section("proposals", list(_proposals(difference.proposals)), shown=_SHOWN_PROPOSALS)
     if diagnosis.selection is not None:
-        line = f"checkpointer.restore({diagnosis.artifact.place!r}, selection={diagnosis.selection})"
+        line = f"checkpointer.restore({diagnosis.reference!r}, selection={diagnosis.selection})"
         _section("applied together, those that are unknown left out", ["from ckptmgr import Selection", line])
     else:
         _section("applied together, those that are unknown left out", diagnosis.code(), shown=_SHOWN_CODE)
@@ -94,13 +94,13 @@ def _advice(diagnosis: Diagnosis) -> Sequence[str]:
     return [line for line in diagnosis.artifact.advice if "load_state_dict(" not in line]
 
 
-def _proposals(proposals: Sequence[Proposal]) -> Iterator[str]:
+def _proposals(proposals: Sequence[Proposal]) -> Iterator[tuple[str, ...]]:
     for proposal in proposals:
-        lines = [f"{proposal.certainty}: {proposal.summary}", f"because {proposal.reason}"]
+        lines = [f"{proposal.certainty}: {proposal.summary}", f"  because {proposal.reason}"]
         for candidate in proposal.candidates:
-            lines.append(f"maybe: {candidate.summary}")
-            lines += [f"    {line}" for line in candidate.code]
-        yield "\n      ".join(lines)
+            lines.append(f"  maybe: {candidate.summary}")
+            lines += [f"      {line}" for line in candidate.code]
+        yield tuple(lines)
 
 
 def _globals(uses: Sequence[GlobalUse]) -> Iterator[str]:
@@ -129,13 +129,14 @@ def _more(names: Sequence[str]) -> str:
     return f" … and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
 
 
-def _section(title: str, lines: Sequence[str], *, shown: int = _SHOWN) -> None:
-    """Print a heading and its lines; nothing where there are none."""
-    if not lines:
+def _section(title: str, items: Sequence[str | tuple[str, ...]], *, shown: int = _SHOWN) -> None:
+    """Print a heading and what stands below it, each in one line or in several; nothing where there is nothing."""
+    if not items:
         return
     print(f"\n{printable(title)}:")
-    for line in lines[:shown]:
-        text = line if len(line) <= _MAX_LINE else f"{line[:_MAX_LINE]} … (--json has all of it)"
-        print("    " + printable(text, keep="\n"))
-    if len(lines) > shown:
-        print(f"    … and {len(lines) - shown} more (--json lists all)")
+    for item in items[:shown]:
+        for line in (item,) if isinstance(item, str) else item:
+            text = line if len(line) <= _MAX_LINE else f"{line[:_MAX_LINE]} … (--json has all of it)"
+            print("    " + printable(text))
+    if len(items) > shown:
+        print(f"    … and {len(items) - shown} more (--json lists all)")

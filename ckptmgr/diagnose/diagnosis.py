@@ -25,7 +25,9 @@ Look: TypeAlias = Callable[[str], Artifact]
 
 _RUN_KINDS = ("run", "run-checkpoint")
 _DAMAGED_KINDS = ("torch-truncated", "zip-truncated", "empty", "zeros")
-_DAMAGED = re.compile(r"\b(truncated|damaged|cut off|not intact)\b|missing: ")
+_DAMAGED = re.compile(
+    r"\b(truncated|damaged|cut off|not intact)\b|\b(shard is|shards are|files of it are|records of tensors are) missing"
+)
 _LIGHTNINGS = ("lightning", "pytorch-lightning")
 
 
@@ -40,6 +42,7 @@ class Diagnosis:
         uncomparable: Why it could not be compared, where one was asked for.
         drifts: What is not as it was when it was written, the likeliest cause of a failure first.
         reading: Lines of Python that give ``state``, the tensors by name, and ``model``, as far as that is known.
+        reference: Of the checkpoint of ours that it was compared with; None for anything else.
         selection: A `Selection` that applies all proposals to a checkpoint of ours; None where that is not possible.
         is_damaged: Bytes of it are missing, or not those that were written.
     """
@@ -50,6 +53,7 @@ class Diagnosis:
     uncomparable: str | None = None
     drifts: tuple[Drift, ...] = ()
     reading: tuple[str, ...] = ()
+    reference: str | None = None
     selection: str | None = None
     is_damaged: bool = False
 
@@ -106,6 +110,7 @@ def diagnose(
         uncomparable=uncomparable,
         drifts=tuple(_drifts(artifact, recorded)),
         reading=(*_reading(place, artifact), *building),
+        reference=recorded[2] if recorded is not None else None,
         selection=_selection(difference, recorded[1]) if difference is not None and recorded is not None else None,
         is_damaged=_is_damaged(artifact),
     )
@@ -115,7 +120,7 @@ def _is_damaged(artifact: Artifact) -> bool:
     return artifact.kind in _DAMAGED_KINDS or any(_DAMAGED.search(problem) for problem in artifact.problems)
 
 
-def _recorded(place: str, artifact: Artifact) -> tuple[Catalog, Manifest] | None:
+def _recorded(place: str, artifact: Artifact) -> tuple[Catalog, Manifest, str] | None:
     checkpoint = artifact.details.get("checkpoint")
     if not isinstance(checkpoint, str):
         return None
@@ -124,13 +129,14 @@ def _recorded(place: str, artifact: Artifact) -> tuple[Catalog, Manifest] | None
         if f"/checkpoints/{checkpoint}" in run_dir:
             run_dir = run_dir.partition(f"/checkpoints/{checkpoint}")[0]
         catalog = Catalog(open_storage(run_dir))
-        return catalog, catalog.resolve(checkpoint)
+        selector = "latest" if artifact.kind == "run" else checkpoint
+        return catalog, catalog.resolve(checkpoint), f"{run_dir}@{selector}"
     except CkptmgrError:
         # What is wrong with it stands among the problems of the artifact.
         return None
 
 
-def _drifts(artifact: Artifact, found: tuple[Catalog, Manifest] | None) -> list[Drift]:
+def _drifts(artifact: Artifact, found: tuple[Catalog, Manifest, str] | None) -> list[Drift]:
     if found is not None:
         return grade(environment_then(found[0].storage, found[1]), environment_now())
     now = recorded_versions()
