@@ -77,12 +77,12 @@ def test_names_that_swap_are_renamed_at_once() -> None:
 
 def test_order_is_no_argument_where_a_file_sorts_its_names() -> None:
     # Two norms that only their places tell apart: a safetensors file lists names in alphabetical order.
-    live = [tensor("x.n1.weight", 4), tensor("x.fc.weight", 4, 8), tensor("x.n2.weight", 4)]
-    saved = [tensor("y.first.weight", 4), tensor("y.fc.weight", 4, 8), tensor("y.second.weight", 4)]
+    live = [tensor("x.norm1.weight", 4), tensor("x.fc.weight", 4, 8), tensor("x.norm2.weight", 4)]
+    saved = [tensor("y.pre_norm.weight", 4), tensor("y.fc.weight", 4, 8), tensor("y.a_norm.weight", 4)]
     by_place = match(saved, live)
     by_name = match(sorted(saved, key=lambda it: it.name), live)
     assert by_place.missing_after == ()
-    assert set(by_name.missing_after) == {"x.n1.weight", "x.n2.weight"}
+    assert set(by_name.missing_after) == {"x.norm1.weight", "x.norm2.weight"}
     assert {it.certainty for it in by_name.proposals if it.candidates} == {"unknown"}
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matched_models import Bert, Nano, Separate, Short, compare, load, told
+from matched_models import Bert, Nano, Separate, Short, compare, facts, load, told
 from torch import nn
 
-from ckptmgr.diagnose.difference import selection_code
+from ckptmgr.diagnose.artifact import TensorFacts
+from ckptmgr.diagnose.difference import Difference, selection_code
+from ckptmgr.diagnose.match import match
 
 
 @pytest.fixture(autouse=True)
@@ -146,10 +148,6 @@ def test_a_smaller_vocabulary_takes_the_first_rows() -> None:
 
 
 def test_a_name_that_is_missing_is_filled_from_the_tensor_that_it_is_tied_to() -> None:
-    from matched_models import facts
-
-    from ckptmgr.diagnose.match import match
-
     old, new = Nano(), Nano()
     saved = [it for it in facts(old) if it.name != "lm_head.weight"]
     difference = match(saved, facts(new))
@@ -258,6 +256,63 @@ def test_what_a_model_computes_itself_is_harmless_on_either_side() -> None:
         difference = load(WithIds(has_ids=not has_ids), WithIds(has_ids=has_ids))
         assert told(difference) == [("harmless", "certain")]
         assert difference.fits_after
+
+
+NEW_WORDS = {
+    "attention": "attn", "query": "q", "key": "k", "value": "v", "output": "out", "intermediate": "ffn1",
+    "dense": "fc", "LayerNorm": "norm", "layer": "blocks", "layers": "blocks", "encoder": "enc",
+    "self_attn": "attention", "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "mlp": "ffn", "down_proj": "down",
+    "bert": "backbone", "model": "net", "embeddings": "embed", "word_embeddings": "tok", "position_embeddings": "pos",
+}  # fmt: skip
+
+
+def architectures() -> list[nn.Module]:
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 40,
+        "vocab_size": 50,
+    }
+    with torch.device("meta"):
+        return [
+            transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)),
+            transformers.MixtralForCausalLM(
+                transformers.MixtralConfig(num_local_experts=3, num_key_value_heads=1, **sizes)
+            ),
+        ]
+
+
+def renamed(difference: Difference) -> dict[str, str]:
+    found = (pair for it in difference.proposals if it.is_applied and it.kind == "rename" for pair in it.covers)
+    return {old: new for old, new in found if old is not None and new is not None}
+
+
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_the_words_that_people_use_for_a_layer_are_known_in_both_directions(is_sorted: bool) -> None:
+    for model in architectures():
+        old = facts(model)
+        truth = {it.name: ".".join(NEW_WORDS.get(part, part) for part in it.name.split(".")) for it in old}
+        new = [TensorFacts(truth[it.name], it.dtype, it.shape) for it in old]
+        saved = sorted(old, key=lambda it: it.name) if is_sorted else old
+        changed = {a: b for a, b in truth.items() if a != b}
+        assert renamed(match(saved, new)) == changed
+        assert renamed(match(new, saved)) == {b: a for a, b in changed.items()}
+
+
+def test_names_that_mean_nothing_lead_to_nothing_wrong() -> None:
+    words: dict[str, str] = {}
+    for model in architectures():
+        old = facts(model)
+        truth = {}
+        for it in old:
+            parts = it.name.split(".")
+            kept = [part if part.isdecimal() else words.setdefault(part, f"z{len(words)}z") for part in parts[:-1]]
+            truth[it.name] = ".".join([*kept, parts[-1]])
+        new = [TensorFacts(truth[it.name], it.dtype, it.shape) for it in old]
+        for pairs in (renamed(match(old, new)), {b: a for a, b in renamed(match(new, old)).items()}):
+            assert pairs.items() <= truth.items()
 
 
 def test_two_towers_that_nothing_tells_apart_are_listed_and_not_guessed() -> None:
