@@ -261,8 +261,8 @@ def test_what_a_model_computes_itself_is_harmless_on_either_side() -> None:
 NEW_WORDS = {
     "attention": "attn", "query": "q", "key": "k", "value": "v", "output": "out", "intermediate": "ffn1",
     "dense": "fc", "LayerNorm": "norm", "layer": "blocks", "layers": "blocks", "encoder": "enc",
-    "self_attn": "attention", "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "mlp": "ffn", "down_proj": "down",
-    "bert": "backbone", "model": "net", "embeddings": "embed", "word_embeddings": "tok", "position_embeddings": "pos",
+    "self_attn": "attention", "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "mlp": "ffn",
+    "down_proj": "down", "bert": "backbone", "model": "net", "embeddings": "embed", "word_embeddings": "tok", "position_embeddings": "pos",
 }  # fmt: skip
 
 
