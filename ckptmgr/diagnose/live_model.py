@@ -18,7 +18,7 @@ from typing import Any
 from ckptmgr.diagnose.artifact import TensorFacts
 from ckptmgr.errors import CkptmgrError, UsageError
 
-__all__ = ["build_model", "facts_of_module", "model_arguments", "model_facts", "named_object"]
+__all__ = ["build_model", "building_lines", "facts_of_module", "model_arguments", "model_facts", "named_object"]
 
 _EXAMPLE = "--model my_pkg.models:Net, or --model my_pkg.models:build with --model-arg width=8"
 _ONLY_BUILD = "name what builds the model, and nothing else"
@@ -114,6 +114,21 @@ def facts_of_module(module: Any) -> tuple[TensorFacts, ...]:
         dtype = str(item.dtype).removeprefix("torch.")
         facts.append(TensorFacts(name, dtype, tuple(item.shape), tied_to if tied_to != name else None))
     return tuple(facts)
+
+
+def building_lines(factory: str, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the lines of Python that build a model as `model_facts` does.
+
+    Example:
+        >>> building_lines("torch.nn:Linear", {"in_features": 2, "out_features": 3})
+        ('import torch.nn', 'model = torch.nn.Linear(in_features=2, out_features=3)')
+    """
+    from torch import nn
+
+    place, _, name = factory.partition(":")
+    given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    call = "" if isinstance(_found(factory), nn.Module) else f"({given})"
+    return (f"import {place}", f"model = {place}.{name}{call}")
 
 
 def model_arguments(given: Sequence[str]) -> dict[str, Any]:
