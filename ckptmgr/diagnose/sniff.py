@@ -26,7 +26,7 @@ from ckptmgr.storage.redact import printable_url
 __all__ = ["KINDS", "sniff"]
 
 LOCAL_CHECK_NBYTES = 256 << 20
-REMOTE_CHECK_NBYTES = 1 << 20
+REMOTE_CHECK_NBYTES = 0
 _INDEX_ENDINGS = (".safetensors.index.json", ".bin.index.json")
 
 
@@ -45,7 +45,7 @@ def sniff(
         place: A path, a URL that fsspec knows, or a reference to a checkpoint of a run, ``RUN_DIR@REF``.
         storage_options: What fsspec's filesystem takes. Never shown.
         check_nbytes: How many bytes may be read in order to compare checksums; by default 256 MiB of a local file,
-            1 MiB of any other.
+            none of any other.
 
     Raises:
         CheckpointNotFoundError: Nothing is there, or the run has no such checkpoint.
