@@ -68,18 +68,16 @@ def sniff_source(source: ByteSource, place: str, *, is_sparse: bool, check_nbyte
 
 def _with_hidden_pickle(source: ByteSource, head: bytes, found: Artifact) -> Artifact:
     """Tell what a file would run that is not meant as a pickle, but can be read as one."""
-    if not looks_like_a_pickle(head):
+    # `P`, with which a zip archive begins, asks for an object outside of the pickle, which ends it.
+    if not looks_like_a_pickle(head) or head.startswith(b"P"):
         return found
     facts = describe_pickle(source, limits=_HIDDEN)
     uses = tuple(use for use in global_uses(facts.globals) if use.verdict == "dangerous")
     if not uses and not facts.is_ambiguous:
         return found
     names = listed([use.name for use in uses]) or "what cannot be told"
-    return dataclasses.replace(
-        found,
-        globals=(*uses, *found.globals),
-        problems=(f"read as a pickle, it would run {names}: do not load it", *found.problems),
-    )
+    problem = f"read as a pickle, it would run {names}: do not load it"
+    return dataclasses.replace(found, globals=(*uses, *found.globals), problems=(problem, *found.problems))
 
 
 def _by_magic(source: ByteSource, place: str, head: bytes, check_nbytes: int) -> Artifact | None:
