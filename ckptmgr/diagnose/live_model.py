@@ -127,7 +127,7 @@ def building_lines(factory: str, arguments: Mapping[str, Any]) -> tuple[str, ...
 
     place, _, name = factory.partition(":")
     given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    call = "" if isinstance(_found(factory), nn.Module) else f"({given})"
+    call = "" if isinstance(named_object(factory), nn.Module) else f"({given})"
     return (f"import {place}", f"model = {place}.{name}{call}")
 
 
