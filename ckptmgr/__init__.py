@@ -15,12 +15,15 @@ if TYPE_CHECKING:
         CkptmgrError,
         CorruptCheckpointError,
         Fenced,
+        GoldenMismatchError,
         Preempted,
         SaveFailedError,
         StateMismatchError,
         UnsupportedStateError,
         UsageError,
     )
+    from ckptmgr.golden.samples import Golden
+    from ckptmgr.inference import Inference, load_inference
     from ckptmgr.instantiate.allow_list import allow_targets, factory
     from ckptmgr.lightning import CheckpointManager
     from ckptmgr.policy.budget import Budget
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
         OnImprovement,
         OnSignal,
     )
+    from ckptmgr.preprocess.kinds import register_kind
     from ckptmgr.state.elastic_sampler import ElasticSampler
     from ckptmgr.state.handlers import register_handler
     from ckptmgr.state.per_sample_seed import PerSampleSeed
@@ -57,12 +61,15 @@ _HOMES = {
         "CkptmgrError",
         "CorruptCheckpointError",
         "Fenced",
+        "GoldenMismatchError",
         "Preempted",
         "SaveFailedError",
         "StateMismatchError",
         "UnsupportedStateError",
         "UsageError",
     ],
+    "ckptmgr.golden.samples": ["Golden"],
+    "ckptmgr.inference": ["Inference", "load_inference"],
     "ckptmgr.instantiate.allow_list": ["allow_targets", "factory"],
     "ckptmgr.lightning": ["CheckpointManager"],
     "ckptmgr.policy.budget": ["Budget"],
@@ -85,6 +92,7 @@ _HOMES = {
         "OnImprovement",
         "OnSignal",
     ],
+    "ckptmgr.preprocess.kinds": ["register_kind"],
     "ckptmgr.state.elastic_sampler": ["ElasticSampler"],
     "ckptmgr.state.handlers": ["register_handler"],
     "ckptmgr.state.per_sample_seed": ["PerSampleSeed"],
@@ -105,6 +113,9 @@ __all__ = [
     "EverySeconds",
     "EverySteps",
     "Fenced",
+    "Golden",
+    "GoldenMismatchError",
+    "Inference",
     "KeepAll",
     "KeepBest",
     "KeepEveryEpochs",
@@ -126,7 +137,9 @@ __all__ = [
     "__version__",
     "allow_targets",
     "factory",
+    "load_inference",
     "register_handler",
+    "register_kind",
 ]
 
 

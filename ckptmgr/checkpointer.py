@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 import torch
 
 from ckptmgr.errors import CkptmgrError, Preempted, UsageError
+from ckptmgr.golden.samples import Golden, as_golden
 from ckptmgr.launch.requested import requested_run
 from ckptmgr.loading import LoadedCheckpoint
 from ckptmgr.loop_run import LoopRun
@@ -47,7 +48,8 @@ class Checkpointer:
         run_dir: Directory or fsspec URL of one training run. ``ckptmgr resume`` overrides it.
         state: Name → object: modules, optimizers, LR schedulers, gradient scalers, anything with ``state_dict`` and
             ``load_state_dict``, and dicts of plain values, tensors and arrays (these are restored in place). RNG state,
-            and the position in the data of `batches`, are added by themselves.
+            and the position in the data of `batches`, are added by themselves. What turns raw input into what the model
+            takes (a tokenizer, a scaler, transforms) goes under the name ``preprocessor``.
         every_n_steps: Save whenever this many steps have passed.
         every_n_epochs: Save at the end of every n-th epoch of `batches`.
         time_interval: Save when the last save is this old. In seconds, or a `timedelta`.
@@ -62,6 +64,8 @@ class Checkpointer:
             buffers, RNG and counters at each step.
         triggers: Decides when to save, instead of the intervals above: a trigger, an interval as text, or a list.
         retention: Decides what to keep, instead of the numbers above: a policy, or a list of them.
+        golden: A few raw inputs, or `Golden`, whose predictions are kept with each checkpoint: whoever loads it can
+            prove that preprocessing and model are what they were.
         resume: ``auto`` goes on where the run stopped, if it ever saved; ``must`` wants a checkpoint; ``never`` starts
             from nothing; anything else names one of this run: ``best``, a step, a tag, an id. For another run's, see
             `restore`.
@@ -69,6 +73,8 @@ class Checkpointer:
             checkpoint, and names those that the program builds otherwise; ``apply`` goes on with the program's.
         storage_options: Passed to the storage. Never recorded.
         background: Write while training goes on. False makes each save wait until it is durable.
+        strict_environment: Refuse to go on where versions or code have changed since the checkpoint in a way that may
+            matter. By default that is told, and training goes on.
         on_divergence: In a job of several ranks: ``warn`` compares digests of parameters and moments that all ranks
             should hold alike, at each save, and names what differs; ``raise`` saves nothing then; ``off`` never looks.
         ranks_timeout: How long a rank may be waited for. In seconds, or a `timedelta`.
@@ -103,14 +109,16 @@ class Checkpointer:
         save_on_exception: bool = False,
         triggers: Triggers | None = None,
         retention: RetentionPolicy | Sequence[RetentionPolicy] | None = None,
+        golden: Golden | Sequence[Any] | None = None,
         resume: str = "auto",
         on_changed_options: OnChangedOptions = "keep",
         storage_options: Mapping[str, Any] | None = None,
         background: bool = True,
+        strict_environment: bool = False,
         on_divergence: OnDivergence = "warn",
         ranks_timeout: timedelta | float = DEFAULT_TIMEOUT_S,
     ) -> None:
-        self._loop = LoopObjects(check_state(state, reserved=RESERVED), on_changed_options)
+        self._loop = LoopObjects(check_state(state, reserved=RESERVED), on_changed_options, as_golden(golden))
         chosen, self._resume = requested_run(run_dir or "", resume, takes_references=False)  # "" is refused
         self._run_dir = str(chosen)
         trigger = trigger_from(
@@ -141,6 +149,7 @@ class Checkpointer:
             background=check_switch(background, of="background"),
             check=lambda loaded: self._loop.check(loaded, self._selection),
             on_divergence=checked_divergence(on_divergence),
+            strict_environment=check_switch(strict_environment, of="strict_environment"),
         )
         self._selection: Selection | None = None
         self._schedule = Schedule(trigger)
@@ -373,7 +382,7 @@ class Checkpointer:
             _log.exception("nothing was saved after the exception")
 
     def _open(self, resume: str) -> int:
-        self._held.open(resume, capture=self._capture, restore=self._restore)
+        self._held.open(resume, prove=self._capture_all, capture=self._capture, restore=self._restore)
         self._schedule.saved(self._step)
         return self._step
 
@@ -413,11 +422,14 @@ class Checkpointer:
     def _capture(self) -> list[CapturedEntry]:
         return self._loop.capture(step=self._step, metrics=self._metrics, data=self._data, position=self._position)
 
+    def _capture_all(self) -> list[CapturedEntry]:
+        return [*self._capture(), *self._loop.golden_entries()]
+
     def _save(self, reason: str, *, tags: Sequence[str] = (), entries: list[CapturedEntry] | None = None) -> None:
         if entries is None:
-            entries = self._capture()
-            captured = entries
+            captured = self._capture()
             self._held.keep(lambda: captured)
+            entries = [*captured, *self._loop.golden_entries()]
         epoch = self._data.epoch if self._data else None
         self._held.save(entries, reason, step=self._step, epoch=epoch, metrics=self._metrics, tags=tags)
 

@@ -12,8 +12,11 @@ __all__ = [
     "CkptmgrError",
     "ConfigError",
     "CorruptCheckpointError",
+    "EnvironmentDriftError",
     "Fenced",
     "FormatVersionError",
+    "GoldenMismatchError",
+    "GoldenSampleError",
     "IncompatibleLightningError",
     "NotAllowedError",
     "Preempted",
@@ -142,6 +145,24 @@ class StateMismatchError(CkptmgrError):
     """The checkpoint does not fit the live objects. Nothing was changed."""
 
     code = "state-mismatch"
+
+
+class GoldenSampleError(UsageError):
+    """A golden sample cannot be preprocessed, or not be predicted from. Names it by its index."""
+
+    code = "golden-sample"
+
+
+class GoldenMismatchError(CkptmgrError):
+    """A golden sample no longer gives what it gave at the save. Names the stage, the place and both values."""
+
+    code = "golden-mismatch"
+
+
+class EnvironmentDriftError(CkptmgrError):
+    """The environment is not that of the run, in a way that may matter, and it was asked to be strict about it."""
+
+    code = "drift"
 
 
 class UnsupportedStateError(CkptmgrError, TypeError):

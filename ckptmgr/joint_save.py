@@ -247,5 +247,6 @@ class JointSaves:
 
 def _content(tree: Any, entry: str, sealed: Sealed) -> str:
     """Return what two ranks' entries have in common if they are the same."""
-    blocks = [[tensor.name, tensor.blocks] for tensor in sealed.tensors if tensor.entry == entry]
+    blocks: list[list[str | None]] = [[t.name, t.blocks] for t in sealed.tensors if t.entry == entry]
+    blocks += [[file.name, file.digest] for file in sealed.files if file.entry == entry]
     return xxh3_128_hexdigest(json.dumps([tree, blocks]).encode())

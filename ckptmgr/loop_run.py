@@ -104,6 +104,7 @@ class LoopRun:
         self,
         resume: str,
         *,
+        prove: Callable[[], list[CapturedEntry]],
         capture: Callable[[], list[CapturedEntry]],
         restore: Callable[[LoadedCheckpoint], bool],
     ) -> None:
@@ -111,7 +112,8 @@ class LoopRun:
 
         Args:
             resume: ``auto``, ``must``, ``never``, or a selector.
-            capture: Captures the loop.
+            prove: Captures all that a save would hold.
+            capture: Captures what it takes to go on.
             restore: Restores it; returns whether the line begins anew.
 
         Raises:
@@ -121,8 +123,8 @@ class LoopRun:
         self._schedule.agree_with(ranks)
         try:
             # A state that could never be saved takes no run over, and creates none.
-            prove_state(ranks, capture)
-            run = self._open_run(resume=resume, ranks=ranks, shards=self._loop.shards())
+            prove_state(ranks, prove)
+            run = self._open_run(resume=resume, ranks=ranks, shards=self._loop.shards(), classes=self._loop.classes())
         except BaseException as error:
             self._part(error)
             raise

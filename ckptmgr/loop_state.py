@@ -7,10 +7,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from ckptmgr.errors import StateMismatchError, UsageError
+from ckptmgr.golden.record import GoldenRecorder
+from ckptmgr.golden.samples import Golden
 from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
+from ckptmgr.preprocess.handler import PREPROCESSOR
 from ckptmgr.ranks.group import Ranks
 from ckptmgr.run.reference import Reference, parse_reference
 from ckptmgr.state.capture import CapturedEntry, capture_state, check_state, restore_state
@@ -23,6 +27,7 @@ from ckptmgr.state.rng import capture_rng, restore_rng
 from ckptmgr.state.selected import SelectedState, select_state
 from ckptmgr.state.selection import Selection, SelectionReport
 from ckptmgr.state.sharding import LiveShards
+from ckptmgr.state.sources import class_sources
 from ckptmgr.state.training_options import OnChangedOptions, TrainingOptions
 from ckptmgr.storage.open import open_storage
 
@@ -41,6 +46,7 @@ RESERVED = "ckptmgr_"
 """Names of entries that begin so are ours."""
 
 _RNG, _DATA, _PROGRESS = f"{RESERVED}rng", f"{RESERVED}data", f"{RESERVED}progress"
+_GOLDEN = f"{RESERVED}golden"
 _WORDS = {"data": _DATA, "rng": _RNG, "progress": _PROGRESS}
 
 
@@ -76,14 +82,19 @@ class LoopObjects:
     Args:
         state: The user's objects by name, as the program has built them.
         on_changed_options: What to do about options that differ from those of a checkpoint.
+        golden: Samples to keep with each checkpoint.
 
     Attributes:
         options: The options that training follows.
         report: What the last selective restore did not restore; None where there was none.
     """
 
-    def __init__(self, state: Mapping[str, object], on_changed_options: OnChangedOptions) -> None:
+    def __init__(
+        self, state: Mapping[str, object], on_changed_options: OnChangedOptions, golden: Golden | None = None
+    ) -> None:
         self._state = state
+        self._golden = GoldenRecorder(_GOLDEN, golden)
+        self._model = None if golden is None else _model_of(state)
         self.report: SelectionReport | None = None
         self.options = TrainingOptions(state, on_changed_options)
 
@@ -91,6 +102,11 @@ class LoopObjects:
     def optimizers(self) -> list[Optimizer]:
         """The optimizers among the user's objects."""
         return [value for value in self._state.values() if isinstance(value, Optimizer)]
+
+    def classes(self) -> dict[str, str | None]:
+        """Return the code that the user's modules are made of: class → digest of its source."""
+        modules = [value for value in self._state.values() if isinstance(value, torch.nn.Module)]
+        return {cls: source for module in modules for cls, source in class_sources(module).items()}
 
     def shards(self) -> LiveShards:
         """Return the sharded parameters of the user's modules."""
@@ -119,6 +135,14 @@ class LoopObjects:
         entries.append(CapturedEntry(_RNG, "rng", 1, dict(rng or capture_rng()), "per-rank"))
         return entries
 
+    def golden_entries(self) -> list[CapturedEntry]:
+        """Run the golden samples with the model as it is now; nothing where there are none.
+
+        Raises:
+            GoldenSampleError: A sample raises, and none has worked before.
+        """
+        return self._golden.entries(self._model, self._state.get(PREPROCESSOR))
+
     def check(self, loaded: LoadedCheckpoint, selection: Selection | None = None) -> None:
         """Compare a checkpoint with the user's objects. Changes nothing.
 
@@ -131,7 +155,7 @@ class LoopObjects:
             UsageError: The selection does not fit the checkpoint and the objects.
         """
         if selection is None:
-            check_loop(self._state, loaded)
+            check_loop(self._known_to(loaded), loaded)
             self._check_options(loaded)
             return
         _refuse_other_savers(loaded)
@@ -209,7 +233,7 @@ class LoopObjects:
         self.report = None
         if selection is None:
             options = self._check_options(loaded)
-            restore_state(self._state, _of_user(loaded))
+            restore_state(self._known_to(loaded), _of_user(loaded))
             self.options.take_up(options)
             return _WORDS.keys()
         selected = self._select(loaded, selection, alone=alone)
@@ -220,9 +244,16 @@ class LoopObjects:
         selected.tell(loaded.reference)
         return selected.words
 
+    def _known_to(self, loaded: LoadedCheckpoint) -> Mapping[str, object]:
+        """Return the user's objects without a preprocessor that the run did not have yet."""
+        if PREPROCESSOR in loaded.entries or PREPROCESSOR not in self._state:
+            return self._state
+        _log.info("%s has no preprocessor: from now on it is saved with the model", loaded.reference)
+        return {name: value for name, value in self._state.items() if name != PREPROCESSOR}
+
     def _check_alone(self, loaded: LoadedCheckpoint, selection: Selection | None) -> None:
         if selection is None:
-            check_state(self._state, _of_user(loaded))
+            check_state(self._known_to(loaded), _of_user(loaded))
         else:
             self._select(loaded, selection, alone=True).check()
 
@@ -312,7 +343,24 @@ def _refuse_other_savers(loaded: LoadedCheckpoint) -> None:
 
 
 def _of_user(loaded: LoadedCheckpoint) -> dict[str, CapturedEntry]:
-    return {name: entry for name, entry in loaded.entries.items() if name not in (_RNG, _DATA, _PROGRESS)}
+    return {name: entry for name, entry in loaded.entries.items() if name not in (_RNG, _DATA, _PROGRESS, _GOLDEN)}
+
+
+def _model_of(state: Mapping[str, object]) -> torch.nn.Module:
+    """Return the module that golden samples are for.
+
+    Raises:
+        UsageError: There is none, or one of several is meant.
+    """
+    modules = {name: v for name, v in state.items() if isinstance(v, torch.nn.Module) and name != PREPROCESSOR}
+    chosen = modules.get("model", next(iter(modules.values()), None) if len(modules) == 1 else None)
+    if chosen is None:
+        raise UsageError(
+            "golden samples are given, and no model for them",
+            why=f"the state has the modules {', '.join(modules)}" if modules else "the state has no module",
+            next="give the module that predicts the name 'model' in the state",
+        )
+    return chosen
 
 
 def _options_in(loaded: LoadedCheckpoint) -> Mapping[str, Any] | None:

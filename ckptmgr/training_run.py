@@ -26,6 +26,7 @@ from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
 from ckptmgr.policy.retention import CheckpointFacts, RetentionPolicy
 from ckptmgr.policy.triggers import MetricSpan, widen_spans
 from ckptmgr.ranks.group import Ranks
+from ckptmgr.resume_drift import tell_drift
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.clock import utc_now
 from ckptmgr.run.commit import CheckpointFields
@@ -117,6 +118,8 @@ class TrainingRun:
         ranks: Ranks | None = None,
         shards: LiveShards | None = None,
         on_divergence: OnDivergence = "warn",
+        classes: Mapping[str, str | None] | None = None,
+        strict_environment: bool = False,
     ) -> TrainingRun:
         """Claim a run, creating it if need be, and load what it continues. All ranks of a job do it together.
 
@@ -136,8 +139,11 @@ class TrainingRun:
             ranks: The processes of the job; by default this one alone. Rank 0 decides, claims and commits.
             shards: Live sharded tensors, of which only this rank's parts are loaded.
             on_divergence: What to do when ranks that should hold the same parameters and moments do not.
+            classes: The code of the live modules: class → digest of its source.
+            strict_environment: Refuse to go on where versions or code have changed in a way that may matter.
 
         Raises:
+            EnvironmentDriftError: They have, and ``strict_environment`` is set.
             CheckpointNotFoundError: ``resume`` wants a checkpoint that is not there.
             FormatVersionError: The run was made by a newer format.
             RankFailure: A rank failed, is gone, or late.
@@ -159,6 +165,10 @@ class TrainingRun:
         if claim.look():
             run.continued = claim.choose(shards)
             loaded = run.continued
+            ranks.loop.decide(
+                "comparing the environment with the checkpoint's",
+                lambda: tell_drift(storage, loaded, classes or {}, strict=strict_environment),
+            )
             ranks.loop.together("comparing the checkpoint with the live objects", lambda: check(loaded))
         run._run_id, run._attempt = claim.claim()
         if claim.has_changed:
@@ -250,7 +260,15 @@ class TrainingRun:
             run_id=self._run_id,
             reason=reason,
             entries=tuple(
-                EntryRecord(name=e.name, handler=e.handler, handler_version=e.version, scope=e.scope) for e in entries
+                EntryRecord(
+                    name=e.name,
+                    handler=e.handler,
+                    handler_version=e.version,
+                    scope=e.scope,
+                    fingerprint=e.fingerprint,
+                    classes=dict(e.classes),
+                )
+                for e in entries
             ),
             epoch=epoch,
             metrics=dict(metrics or {}),

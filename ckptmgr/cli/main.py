@@ -26,6 +26,9 @@ __all__ = ["COMMANDS", "main", "run"]
 COMMANDS = {
     "completion": "Print the script that makes a shell complete what is typed.",
     "diff": "Compare two checkpoints: configuration, code, state and weights.",
+    "doctor": "Say what a file is, why it does not load, and what to do.",
+    "export": "Write a checkpoint as files that other tools read.",
+    "import": "Make a new run of what another tool has saved.",
     "ls": "List the checkpoints of a run, or the runs of a directory.",
     "prune": "Delete the checkpoints that no policy keeps.",
     "resume": "Start a run again, where it stopped.",
@@ -33,6 +36,9 @@ COMMANDS = {
     "show": "Show a run's story, one checkpoint, or what sets runs apart.",
     "verify": "Recompute every digest and name what is damaged.",
 }
+
+# What is a keyword of the language cannot be the name of a module.
+_MODULES = {"import": "import_run"}
 
 _TRACEBACK_VARIABLE = "CKPTMGR_TRACEBACK"
 _INTERRUPTED = 128 + 2
@@ -48,7 +54,7 @@ class _LazyCommands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"ckptmgr.cli.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"ckptmgr.cli.{_MODULES.get(cmd_name, cmd_name)}").command
         return command
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from ckptmgr.cli.nproc import (
     trainer_values,
 )
 from ckptmgr.errors import NotAllowedError, ResumeRefusedError, RunInUseError, UsageError
+from ckptmgr.launch.requested import STRICT_VARIABLE
 from ckptmgr.launch.torchrun import MAX_PROCESSES
 from ckptmgr.run.life import life_of
 from ckptmgr.run.reference import Reference
@@ -44,6 +46,11 @@ __all__ = ["command"]
 )
 @click.option("--dry-run", is_flag=True, help="Print the configuration, and what it would build.")
 @click.option("--allow", multiple=True, metavar="PATTERN", help="Allow targets, such as my_pkg.*; may be repeated.")
+@click.option(
+    "--strict-environment",
+    is_flag=True,
+    help="Refuse to go on where versions or code have changed in a way that may matter.",
+)
 @nproc_option("Train on N processes of this machine, started by torchrun; by default on as many as before.")
 @click.option("--print", "print_only", is_flag=True, help="Print the command, and do not run it.")
 @click.option("--allow-command", is_flag=True, help="Run the recorded command although it is not of this project.")
@@ -55,6 +62,7 @@ def command(
     to: str | None,
     dry_run: bool,
     allow: Sequence[str],
+    strict_environment: bool,
     nproc: int | None,
     print_only: bool,
     allow_command: bool,
@@ -75,6 +83,8 @@ def command(
     """
     from ckptmgr.experiment.stored_run import read_experiment
 
+    if strict_environment:
+        _be_strict()
     place = place_of_this_process(nproc)
     run = open_run(reference)
     manifest = None if run.selector is None else run.catalog.resolve(run.selector)
@@ -100,6 +110,14 @@ def command(
     else:
         dry_run = dry_run or print_only
         _train(run, plan, changes, overrides, to, nproc=nproc, dry_run=dry_run, as_json=as_json)
+
+
+def _be_strict() -> None:
+    """Let every process that this one becomes or starts refuse another environment."""
+    before = os.environ.get(STRICT_VARIABLE)
+    os.environ[STRICT_VARIABLE] = "1"
+    if before is None:
+        click.get_current_context().call_on_close(lambda: os.environ.pop(STRICT_VARIABLE, None))
 
 
 def _plan(

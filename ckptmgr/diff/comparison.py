@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptmgr.diff.documents import ValueChange, changes_between_trees, paths_of_tree, renamed_tree
+from ckptmgr.diff.documents import ValueChange, changes_between_trees, paths_of_tree, renamed_tree, with_digests
 from ckptmgr.diff.elements import Array
 from ckptmgr.diff.facts import compare_facts
 from ckptmgr.diff.measure import Measure, Measured
@@ -189,7 +189,13 @@ class _Documents:
                 why=f"the manifest lists the entry {entry!r}, the state document of rank {rank} does not hold it",
                 next="compare another checkpoint; `ckptmgr ls` lists them",
             )
-        return self._trees[rank][entry]
+        digests = {
+            file.name: file.digest
+            for file in self._reader.manifest.files
+            if file.entry == entry and file.name is not None and file.rank in (None, rank)
+        }
+        tree = self._trees[rank][entry]
+        return with_digests(tree, digests) if digests else tree
 
 
 def _compare_tensors(pairs: Sequence[TensorPair], *, weights: bool, read: bool) -> list[TensorDiff]:

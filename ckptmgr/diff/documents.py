@@ -10,7 +10,15 @@ from typing import Any
 from ckptmgr.errors import CorruptCheckpointError
 from ckptmgr.launch.redact import REDACTED, is_secret_name, redact_text
 
-__all__ = ["ABSENT", "ValueChange", "changes_between_trees", "paths_of_tree", "renamed_path", "renamed_tree"]
+__all__ = [
+    "ABSENT",
+    "ValueChange",
+    "changes_between_trees",
+    "paths_of_tree",
+    "renamed_path",
+    "renamed_tree",
+    "with_digests",
+]
 
 ABSENT = "(absent)"
 """Stands for the value of a place that is not there."""
@@ -18,6 +26,7 @@ ABSENT = "(absent)"
 # Containers hold each other at most 32 deep, and a tag adds up to four levels of JSON to one of them.
 _MAX_DEPTH = 200
 _MAX_SHOWN = 60
+_DIGEST_SHOWN = 8
 _MAX_READ = 4096
 # Where a long list of scalars differs in more places than these, one line tells how many: the state of a random number
 # generator would fill the screen.
@@ -107,6 +116,31 @@ def renamed_tree(tree: Any, names: Mapping[str, str]) -> Any:
 
     _refuse_endless(tree)
     return renamed(tree)
+
+
+def with_digests(tree: Any, digests: Mapping[str, str]) -> Any:
+    """Return a tree in which each file of another tool stands as its name and digest, so that a change of it shows.
+
+    Args:
+        tree: Parsed JSON of an entry.
+        digests: Of its files, by the name that the tree uses.
+
+    Raises:
+        CorruptCheckpointError: It is nested deeper than the format allows.
+    """
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, list):
+            return [replaced(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        content = value.get("$file") if len(value) == 1 else None
+        if isinstance(content, list) and len(content) == 2 and isinstance(content[0], str):
+            return {"$file": [content[1], digests.get(content[0], "missing")]}
+        return {key: replaced(item) for key, item in value.items()}
+
+    _refuse_endless(tree)
+    return replaced(tree)
 
 
 def paths_of_tree(tree: Any, path: str) -> Iterator[str]:
@@ -237,6 +271,8 @@ def _words(value: Any) -> str:
             return content
         if tag in ("$tensor", "$array") and isinstance(content, str):
             return f"the tensor {content}"
+        if tag == "$file" and isinstance(content, list) and len(content) == 2:
+            return f"{content[0]} ({str(content[1])[:_DIGEST_SHOWN]})"
         if tag in ("$numpy_array", "$numpy_scalar") and isinstance(content, list) and len(content) == 3:
             return f"NumPy {content[0]} {content[1]}: {content[2]}"
         if tag in ("$bytes", "$bytearray") and isinstance(content, str):

@@ -54,6 +54,7 @@ def compare_facts(a: OpenSide, b: OpenSide) -> tuple[list[FactChange], list[str]
         if one.start is None
     ]
     changes = [*_progress(first, second), *_topology(first, second), *_environment(first, second)]
+    changes += _entries(first.manifest, second.manifest)
     if first.start is not None and second.start is not None:
         changes += _code(first.start, second.start)
     configuration, said = _configuration(first, second)
@@ -182,3 +183,15 @@ def _damaged(one: _Recorded, key: str, why: str) -> CorruptCheckpointError:
         why=why,
         next="`ckptmgr diff --only '*' A B` compares the state alone",
     )
+
+
+def _entries(a: Manifest, b: Manifest) -> Iterator[FactChange]:
+    """Yield the classes whose source has changed, and the preprocessors that do something else."""
+    first, second = ({entry.name: entry for entry in manifest.entries} for manifest in (a, b))
+    for name in first.keys() & second.keys():
+        one, other = first[name], second[name]
+        if one.fingerprint != other.fingerprint:
+            yield FactChange("code", f"fingerprint of {name}", one.fingerprint, other.fingerprint)
+        for cls in sorted(one.classes.keys() | other.classes.keys()):
+            if one.classes.get(cls) != other.classes.get(cls):
+                yield FactChange("code", f"source of {cls}", one.classes.get(cls), other.classes.get(cls))

@@ -11,7 +11,7 @@ Source:
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 __all__ = ["ALIGNMENT", "ITEM_NBITS", "numel", "payload_nbytes", "safetensors_header"]
@@ -65,13 +65,17 @@ def payload_nbytes(dtype: str, shape: Sequence[int]) -> int:
     return numel(shape) * ITEM_NBITS[dtype] // 8
 
 
-def safetensors_header(tensors: Sequence[_Described]) -> bytes:
+def safetensors_header(tensors: Sequence[_Described], *, metadata: Mapping[str, str] | None = None) -> bytes:
     """Build the header of a file that holds these tensors in this order, without gaps.
 
     Spaces at its end, which the safetensors format allows, bring the data to a multiple of 4 KiB: page-aligned reads
     and direct I/O then need no copy.
+
+    Args:
+        tensors: Name, dtype and shape of each.
+        metadata: Goes into the header's ``__metadata__``, beside ``format``.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {**(metadata or {}), "format": "pt"}}
     offset = 0
     for tensor in tensors:
         if tensor.name in header:

@@ -111,7 +111,9 @@ class AttemptEnd(_Record, frozen=True):
 class FileRecord(_Record, frozen=True):
     """One file: path below the run's root, size, and digest over all its blocks.
 
-    ``blocks`` lists the digests of a document's blocks, or of a safetensors file's header, in hex.
+    ``blocks`` lists the digests of a document's blocks, or of a safetensors file's header, in hex. A tool's own file
+    has the entry that it belongs to, the name by which the entry's tree refers to it, and the rank whose it is, where
+    each rank has its own.
     """
 
     path: str
@@ -119,6 +121,9 @@ class FileRecord(_Record, frozen=True):
     digest: str
     header_nbytes: int = 0
     blocks: str = ""
+    entry: str | None = None
+    name: str | None = None
+    rank: int | None = None
 
 
 class TensorRecord(_Record, frozen=True):
@@ -159,12 +164,16 @@ class EntryRecord(_Record, frozen=True):
 
     Attributes:
         scope: ``replicated``: rank 0's document holds it for all. ``per-rank``: each rank's document holds its own.
+        fingerprint: Digest of what a preprocessor does, 32 hex digits; None for other entries.
+        classes: Code that a module is made of: class → digest of its source, 32 hex digits; None where it has none.
     """
 
     name: str
     handler: str
     handler_version: int
     scope: Literal["replicated", "per-rank"] = "replicated"
+    fingerprint: str | None = None
+    classes: dict[str, str | None] = {}
 
 
 class Topology(_Record, frozen=True):
@@ -322,6 +331,9 @@ def check_manifest(manifest: Manifest) -> None:
     names = {entry.name for entry in manifest.entries}
     if len(names) != len(manifest.entries):
         raise ValueError("an entry is listed twice")
+    stored = [(file.entry, file.name, file.rank) for file in manifest.files if file.entry is not None]
+    if len(set(stored)) != len(stored) or any(entry not in names or name is None for entry, name, _ in stored):
+        raise ValueError("a file of an entry is listed twice, has no name, or its entry is not listed")
     seen: set[tuple[str, str, int | None]] = set()
     for tensor in manifest.tensors:
         _check_tensor(tensor, manifest.files)

@@ -49,11 +49,25 @@ class TensorPayload:
 
 @dataclass(frozen=True, slots=True)
 class FilePayload:
-    """One file of a checkpoint: either tensors, written as safetensors in this order, or a finished document."""
+    """One file of a checkpoint: either tensors, written as safetensors in this order, or a finished document.
+
+    Attributes:
+        name: Of the file, in the checkpoint's folder.
+        tensors: What a tensor file holds.
+        content: What a document holds.
+        is_state: The document is a rank's state document.
+        entry: State entry that a tool's own file belongs to.
+        stored_as: What the entry's tree calls such a file.
+        rank: Whose it is, where each rank has its own.
+    """
 
     name: str
     tensors: tuple[TensorPayload, ...] = ()
     content: bytes | None = None
+    is_state: bool = False
+    entry: str | None = None
+    stored_as: str | None = None
+    rank: int | None = None
 
     @property
     def nbytes(self) -> int:

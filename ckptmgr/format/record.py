@@ -19,6 +19,7 @@ from ckptmgr.errors import CorruptCheckpointError, FormatVersionError
 from ckptmgr.format.digest import ALGORITHM, block_digests, combined_digest
 
 __all__ = [
+    "FILES_VERSION",
     "FORMAT_VERSION",
     "MAX_MANIFEST_NBYTES",
     "MAX_RECORD_NBYTES",
@@ -36,7 +37,10 @@ FORMAT_VERSION = 1
 RANKS_VERSION = 2
 """Of a manifest with parts of several ranks: a reader of version 1 would take one rank's part for the whole."""
 
-NEWEST_VERSION = 2
+FILES_VERSION = 3
+"""Of a manifest with files of other tools: a reader of version 2 does not know how a state document refers to them."""
+
+NEWEST_VERSION = 3
 MAX_RECORD_NBYTES = 1024 * 1024
 MAX_MANIFEST_NBYTES = 64 * 1024 * 1024
 

@@ -46,8 +46,8 @@ _LIGHTNING = {
 }
 _OWN = (
     "AnyOf Budget CheckpointManager Checkpointer ElasticSampler EveryEpochs EverySeconds EverySteps KeepAll KeepBest "
-    "KeepEveryEpochs KeepEverySteps KeepLast KeepTagged KeepWithin OnException OnImprovement OnSignal PerSampleSeed "
-    "Union"
+    "Golden KeepEveryEpochs KeepEverySteps KeepLast KeepTagged KeepWithin OnException OnImprovement OnSignal "
+    "PerSampleSeed Union"
 )
 _TORCH = "Generator Size device tensor"
 _TORCH_DATA = (

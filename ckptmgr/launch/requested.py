@@ -9,7 +9,10 @@ from ckptmgr.errors import CheckpointNotFoundError, UsageError
 from ckptmgr.launch.relaunch import RUN_DIR_VARIABLE
 from ckptmgr.run.reference import parse_reference
 
-__all__ = ["hint_at_choice", "requested_run"]
+__all__ = ["STRICT_VARIABLE", "hint_at_choice", "requested_run"]
+
+STRICT_VARIABLE = "CKPTMGR_STRICT_ENVIRONMENT"
+"""Set to anything but 0, it has the same effect as ``strict_environment=True`` of a manager."""
 
 _CHOICES = ("auto", "must", "never")
 

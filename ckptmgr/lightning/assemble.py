@@ -8,7 +8,7 @@ import enum
 import logging
 import os
 from argparse import Namespace
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +28,7 @@ from ckptmgr.state.names import ParameterNames, WrapperPrefixes
 from ckptmgr.state.optimizer import OptimizerHandler
 from ckptmgr.state.renamed_entries import in_live_names
 from ckptmgr.state.sharding import as_live
+from ckptmgr.state.sources import class_sources
 from ckptmgr.state.stateful import SchedulerHandler, StatefulHandler
 from ckptmgr.state.training_options import OnChangedOptions, TrainingOptions
 
@@ -39,18 +40,23 @@ __all__ = [
     "check_model",
     "drivers_of",
     "in_names_of",
+    "load_model",
     "numbered",
     "optimizer_order",
     "options_of",
     "plain_checkpoint",
+    "plain_values",
     "restore_optimizers_and_schedulers",
     "same_number",
     "scheduler_handler",
+    "scheduler_state",
+    "with_versions",
 ]
 
 _log = logging.getLogger("ckptmgr")
 
 MODEL, TRAINER, RNG, DATA = "model", "trainer", "rng", "data"
+GOLDEN = "golden"
 METRICS = "metrics"
 """What each rank has logged, in a job of several; one rank has it in the entry of the Trainer."""
 INFERENCE_ENTRIES = (MODEL, TRAINER)
@@ -95,6 +101,7 @@ def capture_entries(
         _model_tree(module, checkpoint, names),
         # Only the wrapper around the module knows whether its buffers are sent to all ranks.
         tensor_scopes={} if is_alone else ModuleHandler().tensor_scopes(trainer.strategy.model),
+        classes=class_sources(module),
     )
     optimizer_states: Sequence[Any] = checkpoint.pop("optimizer_states", [])
     checkpoint.pop("lr_schedulers", None)
@@ -156,7 +163,7 @@ def assemble(loaded: LoadedCheckpoint, module: Any = None) -> dict[str, Any]:
         keys = {prefixes.own_name(key): key for key in live}
         state = {keys.get(name, name): value for name, value in state.items()}
         state = {key: as_live(value, live[key]) if key in live else value for key, value in state.items()}
-    checkpoint["state_dict"] = _with_versions(state, tree.get("versions", {}))
+    checkpoint["state_dict"] = with_versions(state, tree.get("versions", {}))
     return checkpoint
 
 
@@ -164,7 +171,7 @@ def plain_checkpoint(loaded: LoadedCheckpoint) -> dict[str, Any]:
     """Return a checkpoint of tensors and plain values only, which ``torch.load(..., weights_only=True)`` accepts."""
     checkpoint = assemble(loaded)
     state = checkpoint.pop("state_dict")
-    return {**_plain(checkpoint), "state_dict": state}
+    return {**plain_values(checkpoint), "state_dict": state}
 
 
 def check_model(module: Any, loaded: LoadedCheckpoint) -> None:
@@ -178,6 +185,19 @@ def check_model(module: Any, loaded: LoadedCheckpoint) -> None:
     if _decides_by_itself(module):
         return
     ModuleHandler().check(module, loaded.entries[MODEL].tree, ParameterNames({MODEL: module}))
+
+
+def load_model(module: Any, loaded: LoadedCheckpoint) -> None:
+    """Put a checkpoint's weights into a LightningModule outside of a Trainer, with the module's own hook.
+
+    Raises:
+        StateMismatchError: Names everything that does not fit.
+    """
+    loaded = in_names_of(module, loaded)
+    check_model(module, loaded)
+    checkpoint = assemble(loaded, module)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
 
 
 def in_names_of(module: Any, loaded: LoadedCheckpoint) -> LoadedCheckpoint:
@@ -230,16 +250,19 @@ def restore_optimizers_and_schedulers(trainer: Any, loaded: LoadedCheckpoint, op
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     same_number("optimizer", len(saved), len(optimizers))
     same_number("LR scheduler", len(tree["lr_schedulers"]), len(schedulers))
+    own = [
+        scheduler_state(scheduler, state) for scheduler, state in zip(schedulers, tree["lr_schedulers"], strict=True)
+    ]
     for optimizer, entry in zip(optimizers, saved, strict=True):
         handler.check(optimizer, entry.tree, names)
-    for scheduler, state in zip(schedulers, tree["lr_schedulers"], strict=True):
+    for scheduler, state in zip(schedulers, own, strict=True):
         scheduler_handler(scheduler).check(scheduler, state, names)
-    states = [*(entry.tree for entry in saved), *tree["lr_schedulers"]]
+    states = [*(entry.tree for entry in saved), *own]
     # Checkpoints of earlier versions do not tell what they were built with.
     options.check(tree.get("options"), dict(zip(drivers_of(trainer), states, strict=True)))
     for optimizer, entry in zip(optimizers, saved, strict=True):
         handler.restore(optimizer, entry.tree, names)
-    for scheduler, state in zip(schedulers, tree["lr_schedulers"], strict=True):
+    for scheduler, state in zip(schedulers, own, strict=True):
         scheduler_handler(scheduler).restore(scheduler, state, names)
     options.take_up(tree.get("options"))
 
@@ -273,7 +296,8 @@ def _why_unstorable(value: Any) -> str | None:
     return None
 
 
-def _with_versions(state: Mapping[str, Any], versions: Mapping[str, int]) -> OrderedDict[str, Any]:
+def with_versions(state: Mapping[str, Any], versions: Mapping[str, int]) -> OrderedDict[str, Any]:
+    """Return a state dict as a module gives it, with the versions of its parts."""
     ordered = OrderedDict(state)
     prefixes = {""}
     for name in state:
@@ -285,21 +309,28 @@ def _with_versions(state: Mapping[str, Any], versions: Mapping[str, int]) -> Ord
     return ordered
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
+    """Turn nested values into such that the restricted loader of torch takes, as far as they have such a form."""
+    if isinstance(value, Counter):
+        # A scheduler's milestones: a dict would lack what is called on them.
+        return Counter({plain_values(key): item for key, item in value.items()})
     if isinstance(value, Mapping) and not isinstance(value, dict):
         value = dict(value)
     if isinstance(value, dict):
-        return {_plain(key): _plain(item) for key, item in value.items()}
+        return {plain_values(key): plain_values(item) for key, item in value.items()}
     if isinstance(value, Namespace):
-        return {key: _plain(item) for key, item in vars(value).items()}
+        return {key: plain_values(item) for key, item in vars(value).items()}
     if isinstance(value, list | tuple):
-        return type(value)(_plain(item) for item in value) if type(value) in (list, tuple) else list(map(_plain, value))
+        kind = type(value) if type(value) in (list, tuple) else list
+        return kind(plain_values(item) for item in value)
+    if isinstance(value, deque | range):
+        return [plain_values(item) for item in value]
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.copy()) if value.dtype.kind in "biufc" else value.tolist()
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, enum.Enum):
-        return _plain(value.value)
+        return plain_values(value.value)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, datetime.date | datetime.time):
@@ -307,11 +338,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, datetime.timedelta):
         return value.total_seconds()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: plain_values(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if type(value).__module__.startswith("omegaconf"):
         from omegaconf import OmegaConf
 
-        return _plain(OmegaConf.to_container(value))
+        return plain_values(OmegaConf.to_container(value))
     return value
 
 
@@ -319,6 +350,12 @@ def scheduler_handler(scheduler: Any) -> StatefulHandler:
     """Return the handler of a scheduler; not every one is derived from torch's."""
     handler = SchedulerHandler()
     return handler if handler.handles(scheduler) else StatefulHandler()
+
+
+def scheduler_state(scheduler: Any, state: Any) -> Any:
+    """Return a scheduler's state as its handler wants it: an imported one does not say of which kind it is."""
+    is_untyped = isinstance(state, Mapping) and state.keys() == {"type", "state"} and state["type"] is None
+    return state["state"] if is_untyped and not SchedulerHandler().handles(scheduler) else state
 
 
 def numbered(name: str, index: int, count: int) -> str:

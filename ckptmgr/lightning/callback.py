@@ -10,16 +10,19 @@ from datetime import timedelta
 from typing import Any, Literal, Self
 
 from ckptmgr.errors import Preempted
+from ckptmgr.golden.record import GoldenRecorder
+from ckptmgr.golden.samples import Golden, as_golden
 from ckptmgr.launch.requested import requested_run
 from ckptmgr.launch.run_directory import absolute
 from ckptmgr.lightning.arguments import refuse_shared_run, warn_of_unused
-from ckptmgr.lightning.assemble import MODEL
+from ckptmgr.lightning.assemble import GOLDEN, MODEL
 from ckptmgr.lightning.bases import tree_for, with_lightning_base
 from ckptmgr.lightning.checkpoint_io import install_checkpoint_io
 from ckptmgr.lightning.compat import check_compatible, module_of
 from ckptmgr.lightning.filesystem import own_reference
 from ckptmgr.lightning.loggers import Logs, begin_logs
 from ckptmgr.lightning.loops import Boundary, LoopHooks
+from ckptmgr.lightning.preprocessing import KeptPreprocessor
 from ckptmgr.lightning.resume import Resume
 from ckptmgr.lightning.run_view import RunView
 from ckptmgr.lightning.saving import Saver
@@ -35,6 +38,7 @@ from ckptmgr.state.divergence import OnDivergence, checked_divergence
 from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.rng import capture_rng
 from ckptmgr.state.selection import Selection, SelectionReport
+from ckptmgr.state.sources import class_sources
 from ckptmgr.state.training_options import OnChangedOptions, checked_mode
 from ckptmgr.training_run import RUN_DIR_VARIABLE, Monitor, TrainingRun
 
@@ -69,6 +73,10 @@ class CheckpointManager(RunView):
         save_on_signal: Save and exit with code 75 at the next step boundary after SIGTERM.
         triggers: Decides when to save, instead of the intervals above: a trigger, an interval as text, or a list.
         retention: Decides what to keep, instead of the numbers above: a policy, or a list of them.
+        preprocessor: What turns raw input into what the model takes: a tokenizer, a scaler, transforms. It is saved
+            with the model, and compared with the checkpoint's when training goes on.
+        golden: A few raw inputs, or `Golden`, whose predictions are kept with each checkpoint: whoever loads it can
+            prove that preprocessing and model are what they were.
         resume: ``auto`` goes on where the run stopped, if it ever saved; ``must`` wants a checkpoint; ``never`` starts
             from nothing; a selector (``best``, a step, a tag, an id) goes back to that checkpoint; a reference to
             another run begins with its checkpoint, until this run has one of its own.
@@ -78,6 +86,8 @@ class CheckpointManager(RunView):
             starts go on from by themselves is restored whole.
         storage_options: Passed to the storage. Never recorded.
         background: Write while training goes on. False makes each save wait until it is durable.
+        strict_environment: Refuse to go on where versions or code have changed since the checkpoint in a way that may
+            matter. By default that is told, and training goes on.
         on_divergence: In a job of several ranks: ``warn`` compares digests of parameters and moments that all ranks
             should hold alike, at each save, and names what differs; ``raise`` saves nothing then; ``off`` never looks.
         ranks_timeout: How long a rank may be waited for. In seconds, or a `timedelta`.
@@ -114,11 +124,14 @@ class CheckpointManager(RunView):
         save_on_signal: bool = True,
         triggers: Triggers | None = None,
         retention: RetentionPolicy | Sequence[RetentionPolicy] | None = None,
+        preprocessor: Any = None,
+        golden: Golden | Sequence[Any] | None = None,
         resume: str = "auto",
         on_changed_options: OnChangedOptions = "keep",
         selection: Selection | None = None,
         storage_options: Mapping[str, Any] | None = None,
         background: bool = True,
+        strict_environment: bool = False,
         on_divergence: OnDivergence = "warn",
         ranks_timeout: timedelta | float = DEFAULT_TIMEOUT_S,
         **others: Any,
@@ -147,8 +160,10 @@ class CheckpointManager(RunView):
         self._monitor = None if monitor is None else Monitor(monitor, mode)
         self._storage_options, self._on_changed_options = storage_options, checked_mode(on_changed_options)
         self._selection = selection
+        self._preprocessor, self._golden = KeptPreprocessor(preprocessor), as_golden(golden)
         self._background = check_switch(background, of="background")
         self._on_divergence = checked_divergence(on_divergence)
+        self._strict_environment = check_switch(strict_environment, of="strict_environment")
         self._ranks_timeout_s = parse_duration(ranks_timeout, of="CheckpointManager(ranks_timeout)")
         self._ranks: Ranks | None = None
         self._is_overridden = bool(os.environ.get(RUN_DIR_VARIABLE))
@@ -208,7 +223,9 @@ class CheckpointManager(RunView):
             self._resume,
             self._open,
             ranks,
+            preprocessor=self._preprocessor,
             on_changed_options=self._on_changed_options,
+            strict_environment=self._strict_environment,
             storage_options=self._storage_options,
             is_overridden=self._is_overridden,
             selection=self._selection,
@@ -238,6 +255,8 @@ class CheckpointManager(RunView):
             on_signal=self._saves_on_signal,
             continued=continued,
             validation_names=names,
+            preprocessor=self._preprocessor,
+            golden=GoldenRecorder(GOLDEN, self._golden),
         )
         self._saver.prove()
         if self._signal is not None:
@@ -351,6 +370,8 @@ class CheckpointManager(RunView):
             ranks=self._ranks,
             shards=ParameterNames({MODEL: self._trainer.lightning_module}).shards(),
             on_divergence=self._on_divergence,
+            classes=class_sources(self._trainer.lightning_module),
+            strict_environment=self._strict_environment,
         )
 
     def _join(self, trainer: Any) -> Ranks:

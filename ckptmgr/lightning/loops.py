@@ -146,8 +146,11 @@ class LoopHooks:
             step: The Trainer's global step then.
             on_resumed: Called when the loop goes on.
         """
-        self._pending, self._rng, self._on_resumed = position, rng, on_resumed
         data = position["data"]
+        if data is not None and data.get("imported") and data["is_last"]:
+            # Nothing is known of its loaders, and nothing has to be.
+            position, data = {**position, "data": None}, None
+        self._pending, self._rng, self._on_resumed = position, rng, on_resumed
         self._elastic.go_on_with(data)
         self._is_inside = data is not None and not data["is_last"]
         if position["place"] == "epoch":
@@ -237,6 +240,8 @@ class LoopHooks:
         if pending is None or pending["data"] is None:
             self.data.before_iterating(loaders, self._trainer.current_epoch)
             return
+        if pending["data"].get("imported"):
+            pending = self._pending = {**pending, "data": self.data.begun_elsewhere(pending["data"], loaders)}
         position = self.data.check(pending["data"], loaders)
         if self.options is not None:
             self.options.applied += changed_batch_sizes(pending["data"], loaders)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,9 +15,9 @@ from ckptmgr.lightning.assemble import (
     RNG,
     TRAINER,
     WEIGHTS_ONLY_REASON,
-    assemble,
     check_model,
     in_names_of,
+    load_model,
     options_of,
     restore_optimizers_and_schedulers,
 )
@@ -24,15 +25,19 @@ from ckptmgr.lightning.compat import module_of, tree_of
 from ckptmgr.lightning.filesystem import own_reference, url_of
 from ckptmgr.lightning.loggers import Logs
 from ckptmgr.lightning.loops import LoopHooks
+from ckptmgr.lightning.preprocessing import PREPROCESSOR, KeptPreprocessor
 from ckptmgr.lightning.selecting import TrainerSelection, restore_selected
 from ckptmgr.lightning.trainer_metrics import restore_metrics
 from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
 from ckptmgr.ranks.group import Ranks
+from ckptmgr.resume_drift import tell_drift
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.reference import Reference, parse_reference
+from ckptmgr.state.entry import CapturedEntry
 from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.rng import capture_rng
 from ckptmgr.state.selection import Selection, SelectionReport
+from ckptmgr.state.sources import class_sources
 from ckptmgr.state.training_options import OnChangedOptions
 from ckptmgr.state.trees import copied_tree
 from ckptmgr.storage.open import open_storage
@@ -40,6 +45,8 @@ from ckptmgr.training_run import RUN_DIR_VARIABLE, TrainingRun
 from ckptmgr.words import printable_place, where_it_begins
 
 __all__ = ["Resume"]
+
+_log = logging.getLogger("ckptmgr")
 
 
 class Resume:
@@ -55,7 +62,9 @@ class Resume:
         resume: The manager's choice.
         open_run: Claims the run, given a choice.
         ranks: The processes of the job.
+        preprocessor: The manager's.
         on_changed_options: What to do about options that differ from the checkpoint's.
+        strict_environment: Refuse to go on where the environment differs from the checkpoint's.
         storage_options: For reading other runs.
         is_overridden: ``ckptmgr resume`` says which run it is; what the script says does not count.
         selection: What to restore of a checkpoint that is named. What this run's own starts go on from by themselves is
@@ -78,7 +87,9 @@ class Resume:
         open_run: Callable[[str], TrainingRun],
         ranks: Ranks,
         *,
+        preprocessor: KeptPreprocessor,
         on_changed_options: OnChangedOptions,
+        strict_environment: bool,
         storage_options: Mapping[str, Any] | None,
         is_overridden: bool = False,
         selection: Selection | None = None,
@@ -94,8 +105,10 @@ class Resume:
         self._resume = resume
         self._open_run = open_run
         self._ranks = ranks
+        self._preprocessor = preprocessor
         self._on_changed_options = on_changed_options
         self._storage_options = storage_options
+        self._strict_environment = strict_environment
         self._is_overridden = is_overridden
         self._selection = selection
         self._is_named = False
@@ -153,6 +166,7 @@ class Resume:
         chosen = self._select(loaded)
         module = self._trainer.lightning_module
         check_model(module, in_names_of(module, loaded) if chosen is None else chosen.loaded)
+        self._preprocessor.check(loaded, _preprocessor_of(loaded, chosen))
 
     def accept(self) -> Any:
         """Record the line, and free what was loaded.
@@ -214,7 +228,7 @@ class Resume:
         """Apply the selection, if there is one, to a checkpoint that somebody has named."""
         if self._selection is None or not self._is_named or self._is_overridden:
             return None
-        return TrainerSelection(self._selection, loaded, self._trainer.lightning_module)
+        return TrainerSelection(self._selection, loaded, self._trainer.lightning_module, self._preprocessor)
 
     def _open_as_chosen(self) -> None:
         if self._resume in ("auto", "must", "never") or not any(mark in self._resume for mark in "/@\\"):
@@ -236,8 +250,14 @@ class Resume:
             self.loaded = self.run.continued
             return
         shards = ParameterNames({MODEL: self._trainer.lightning_module}).shards()
-        self.loaded = load_checkpoint(
+        loaded = self.loaded = load_checkpoint(
             reference, storage_options=self._storage_options, ranks=self._ranks, shards=shards
+        )
+        classes = class_sources(self._trainer.lightning_module)
+        storage = open_storage(reference.run_dir, storage_options=self._storage_options)
+        self._ranks.loop.decide(
+            "comparing the environment with the checkpoint's",
+            lambda: tell_drift(storage, loaded, classes, strict=self._strict_environment),
         )
         self.run = self._open_run("never")
 
@@ -267,11 +287,9 @@ class Resume:
         assert hooks is not None
         assert self.run is not None
         module = trainer.lightning_module
-        self._check_together(chosen.loaded)
+        self._check_together(chosen.loaded, chosen)
         self._weights_before = copied_tree(dict(module.state_dict()))
-        checkpoint = assemble(chosen.loaded, module)
-        module.on_load_checkpoint(checkpoint)
-        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+        load_model(module, chosen.loaded)
         connector = trainer._checkpoint_connector
         original = connector.restore_training_state
 
@@ -282,6 +300,7 @@ class Resume:
             self.report = self._ranks.loop.together(
                 "restoring parts of optimizers", lambda: restore_selected(trainer, chosen, options)
             )
+            self._preprocessor.restore(chosen.preprocessor)
             original()
 
         connector.restore_training_state = restore
@@ -297,7 +316,8 @@ class Resume:
         url = url_of(loaded.reference)
         tree = loaded.entries[TRAINER].tree if TRAINER in loaded.entries else {}
         is_new_rank = self._ranks.rank >= loaded.manifest.topology.world_size
-        if tree.get("weights_only") or not {DATA, RNG} <= loaded.entries.keys():
+        needed = {DATA} if "imported" in tree else {DATA, RNG}
+        if tree.get("weights_only") or not needed <= loaded.entries.keys():
             raise UsageError(
                 f"{loaded.reference} cannot be resumed",
                 why=WEIGHTS_ONLY_REASON if tree.get("weights_only") else "it was not saved by a CheckpointManager",
@@ -305,20 +325,28 @@ class Resume:
             )
         loaded = loaded if chosen is not None else in_names_of(trainer.lightning_module, loaded)
         tree = loaded.entries[TRAINER].tree
-        self._check_together(loaded)
+        self._check_together(loaded, chosen)
         self._weights_before = copied_tree(dict(trainer.lightning_module.state_dict()))
         position = loaded.entries[DATA].tree
         if explicit and position["place"] == "epoch":
             # Named by hand, a run that was stopped early is meant to go on.
             position = {**position, "should_stop": False}
         self.validation_names = set(tree["validation_names"])
-        metrics = loaded.entries[METRICS].tree if METRICS in loaded.entries else tree["metrics"]
+        metrics = loaded.entries[METRICS].tree if METRICS in loaded.entries else tree.get("metrics")
+
+        def restore_logged() -> None:
+            if metrics is not None:
+                restore_metrics(trainer, metrics, is_new_rank=is_new_rank)
+
+        has_rng = RNG in loaded.entries and (chosen is None or chosen.restores_rng)
         hooks.resume_at(
             position,
-            loaded.entries[RNG].tree if chosen is None or chosen.restores_rng else capture_rng(),
+            loaded.entries[RNG].tree if has_rng else capture_rng(),
             step=loaded.manifest.step,
-            on_resumed=lambda: restore_metrics(trainer, metrics, is_new_rank=is_new_rank),
+            on_resumed=restore_logged,
         )
+        if "imported" in tree and self._ranks.leads:
+            _log.warning("it was imported from %s: %s", tree["imported"]["from"], "; ".join(tree["imported"]["lacks"]))
         connector = trainer._checkpoint_connector
 
         def restore() -> None:
@@ -331,6 +359,7 @@ class Resume:
                 restore_optimizers_and_schedulers(trainer, loaded, hooks.options)
             else:
                 self.report = restore_selected(trainer, chosen, hooks.options)
+            self._preprocessor.restore(_preprocessor_of(loaded, chosen))
 
         connector.restore_optimizers_and_schedulers = restore
         # It would run the model and its metrics once more than the run that goes on did.
@@ -341,9 +370,12 @@ class Resume:
         self._say(where_it_begins(loaded.run_dir, step, epoch=data["epoch"], nbatches=data["batches"]))
         return url
 
-    def _check_together(self, loaded: LoadedCheckpoint) -> None:
-        module = self._trainer.lightning_module
-        self._ranks.loop.together("comparing the checkpoint with the model", lambda: check_model(module, loaded))
+    def _check_together(self, loaded: LoadedCheckpoint, chosen: TrainerSelection | None) -> None:
+        def check() -> None:
+            check_model(self._trainer.lightning_module, loaded)
+            self._preprocessor.check(loaded, _preprocessor_of(loaded, chosen))
+
+        self._ranks.loop.together("comparing the checkpoint with the model", check)
 
     def _restore_sanity_check(self) -> None:
         if self._sanity_steps is not None:
@@ -353,3 +385,7 @@ class Resume:
         tree = tree_of(self._trainer)
         assert tree is not None
         module_of(tree, "utilities.rank_zero").rank_zero_info(message)
+
+
+def _preprocessor_of(loaded: LoadedCheckpoint, chosen: TrainerSelection | None) -> CapturedEntry | None:
+    return loaded.entries.get(PREPROCESSOR) if chosen is None else chosen.preprocessor

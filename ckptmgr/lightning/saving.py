@@ -9,9 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from ckptmgr.boundary import BoundaryCopy
+from ckptmgr.golden.record import GoldenRecorder
+from ckptmgr.golden.weights import weights_of
 from ckptmgr.joint_save import prove_state
 from ckptmgr.lightning.assemble import capture_entries
 from ckptmgr.lightning.loops import Boundary, LoopHooks
+from ckptmgr.lightning.preprocessing import KeptPreprocessor
 from ckptmgr.lightning.trainer_metrics import fresh_metrics, validation_metrics
 from ckptmgr.policy.triggers import Moment, Trigger, known_everywhere, may_need_any_step
 from ckptmgr.ranks.group import Ranks
@@ -41,6 +44,8 @@ class Saver:
         on_signal: Keep a copy of the boundary before each validation, for a signal that cuts it short.
         continued: Id of the checkpoint of this run that training goes on from, if any.
         validation_names: Metrics that earlier attempts logged in validation.
+        preprocessor: Saved with the model.
+        golden: Makes the golden samples of each save.
 
     Attributes:
         run: The run.
@@ -61,6 +66,8 @@ class Saver:
         on_signal: bool,
         continued: Any,
         validation_names: set[str],
+        preprocessor: KeptPreprocessor,
+        golden: GoldenRecorder,
     ) -> None:
         self.run = run
         self.latest_metrics: dict[str, float] = {}
@@ -71,6 +78,8 @@ class Saver:
         self._known = known_everywhere(trigger)
         self._steps = StepAgreement(ranks.loop, talks_always=may_need_any_step(trigger))
         self._weights_only = weights_only
+        self._preprocessor = preprocessor
+        self._golden = golden
         self._on_exception = on_exception
         # Several ranks agree before each validation, and none of them is cut short.
         self._on_signal = on_signal and ranks.world_size == 1
@@ -95,9 +104,11 @@ class Saver:
 
         Raises:
             UnsupportedStateError: Something cannot. Names its path and type.
+            GoldenSampleError: A golden sample raises.
             StateMismatchError: The ranks do not hold the same tensors.
         """
-        prove_state(self._ranks, lambda: self._capture(Boundary("step", is_epoch_end=False), capture_rng()))
+        boundary = Boundary("step", is_epoch_end=False)
+        prove_state(self._ranks, lambda: self._with_golden(self._capture(boundary, capture_rng())))
 
     def step_begins(self) -> None:
         """Note that parameters are about to change: until the step ends, nothing can be saved."""
@@ -154,7 +165,7 @@ class Saver:
         self._logged |= metrics.keys()
         is_copied = self._on_exception or (self._on_signal and boundary.is_validation_due)
         if reason is not None:
-            self._save(self._capture(boundary, rng), reason, metrics, wait=must_stop)
+            self._save(self._with_golden(self._capture(boundary, rng)), reason, metrics, wait=must_stop)
         elif is_copied and step != self._last_saved_step:
             self._keep_copy(boundary, rng)
         if reason is None and (boundary.place == "epoch" or (boundary.has_validated and not boundary.is_epoch_end)):
@@ -261,7 +272,7 @@ class Saver:
         return trigger.reason_to_save(moment) or ("end of training" if ends else None)
 
     def _capture(self, boundary: Boundary, rng: Mapping[str, Any]) -> list[CapturedEntry]:
-        return capture_entries(
+        entries = capture_entries(
             self._trainer,
             rng=rng,
             position=self._hooks.capture(boundary),
@@ -270,6 +281,13 @@ class Saver:
             weights_only=self._weights_only,
             is_alone=self._ranks.world_size == 1,
         )
+        return [*entries, *self._preprocessor.capture()]
+
+    def _with_golden(self, entries: list[CapturedEntry]) -> list[CapturedEntry]:
+        """Add what the golden samples give with the weights that these entries hold."""
+        module = self._trainer.lightning_module
+        with weights_of(module, entries[0].tree["tensors"]):
+            return [*entries, *self._golden.entries(module, self._preprocessor.value)]
 
     def _save(self, entries: list[CapturedEntry], reason: str, metrics: Mapping[str, float], *, wait: bool) -> None:
         self._last_saved = self.run.save(

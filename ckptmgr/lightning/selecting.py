@@ -9,6 +9,7 @@ from typing import Any
 from ckptmgr.errors import StateMismatchError, UsageError
 from ckptmgr.lightning.assemble import (
     DATA,
+    GOLDEN,
     METRICS,
     MODEL,
     RNG,
@@ -18,6 +19,7 @@ from ckptmgr.lightning.assemble import (
     same_number,
     scheduler_handler,
 )
+from ckptmgr.lightning.preprocessing import PREPROCESSOR, KeptPreprocessor
 from ckptmgr.loading import LoadedCheckpoint
 from ckptmgr.state.entry import CapturedEntry
 from ckptmgr.state.module import ModuleHandler
@@ -44,17 +46,21 @@ class TrainerSelection:
         selection: The user's.
         loaded: The checkpoint.
         module: The live module, before its optimizers are built.
+        preprocessor: The manager's.
 
     Attributes:
         loaded: The checkpoint with the model that is restored: what is left out of it is the live one's.
         starts_anew: The Trainer begins at step 0.
         restores_rng: The state of the random number generators is restored.
+        preprocessor: The checkpoint's preprocessor, if it is restored.
 
     Raises:
         UsageError: The selection does not fit the model and the checkpoint, or Lightning cannot do it.
     """
 
-    def __init__(self, selection: Selection, loaded: LoadedCheckpoint, module: Any) -> None:
+    def __init__(
+        self, selection: Selection, loaded: LoadedCheckpoint, module: Any, preprocessor: KeptPreprocessor
+    ) -> None:
         if MODEL not in loaded.entries or TRAINER not in loaded.entries:
             raise UsageError(
                 f"{loaded.reference} was not saved by a CheckpointManager",
@@ -69,7 +75,8 @@ class TrainerSelection:
             )
         self._selection, self._original = selection, loaded
         self._entries = _entries_of(loaded)
-        model = self._of_model(module)
+        model = self._of_model(module, preprocessor)
+        self.preprocessor = model.entries.get(PREPROCESSOR)
         restored = model.entries.get(MODEL) or _captured(module)
         self.loaded = replace(loaded, entries={**loaded.entries, MODEL: restored})
         self.starts_anew = "progress" not in model.words
@@ -85,7 +92,7 @@ class TrainerSelection:
         return select_state(
             {MODEL: module, **drivers},
             self._entries,
-            self._selection,
+            self._without(PREPROCESSOR),
             words=_WORDS,
             absent=[word for word, entry in _WORDS.items() if entry not in self._original.entries],
             also=_also([*self._entries, *drivers]),
@@ -107,19 +114,27 @@ class TrainerSelection:
         """Names the checkpoint."""
         return self._original.reference
 
-    def _of_model(self, module: Any) -> SelectedState:
+    def _of_model(self, module: Any, preprocessor: KeptPreprocessor) -> SelectedState:
         # What there is of optimizers is known only when they are built; their patterns are looked at then.
-        later = (_OPTIMIZER, _SCHEDULER)
-        include = [pattern for pattern in self._selection.include if not pattern.startswith(later)]
-        exclude = [pattern for pattern in self._selection.exclude if not pattern.startswith(later)]
+        later = [_OPTIMIZER, _SCHEDULER]
+        entries, state = dict(self._entries), {MODEL: module}
+        if PREPROCESSOR in self._original.entries:
+            entries[PREPROCESSOR] = self._original.entries[PREPROCESSOR]
+            state |= preprocessor.state
         return select_state(
-            {MODEL: module},
-            self._entries,
-            replace(self._selection, include=include or [_OPTIMIZER], exclude=exclude),
+            state,
+            entries,
+            self._without(*later),
             words=_WORDS,
-            unread=list(dict.fromkeys((*(name for name in self._entries if name != MODEL), *later))),
+            unread=list(dict.fromkeys((*(name for name in entries if name not in state), *later))),
             also=_also(self._entries),
         )
+
+    def _without(self, *names: str) -> Selection:
+        """Return the selection without the patterns that are for these entries."""
+        include = [pattern for pattern in self._selection.include if not pattern.startswith(names)]
+        exclude = [pattern for pattern in self._selection.exclude if not pattern.startswith(names)]
+        return replace(self._selection, include=include or [names[0]], exclude=exclude)
 
     def _refuse_halves(self, words: frozenset[str]) -> None:
         if ("data" in words) != ("progress" in words) or (self.starts_anew and self.restores_rng):
@@ -173,7 +188,7 @@ def _handler(name: str, value: Any) -> Any:
 
 def _entries_of(loaded: LoadedCheckpoint) -> dict[str, CapturedEntry]:
     """Return model, optimizers and schedulers as entries of their own."""
-    others = (*_WORDS.values(), METRICS)
+    others = (*_WORDS.values(), METRICS, PREPROCESSOR, GOLDEN)
     entries = {name: entry for name, entry in loaded.entries.items() if name not in others}
     states = loaded.entries[TRAINER].tree.get("lr_schedulers", ())
     for index, state in enumerate(states):

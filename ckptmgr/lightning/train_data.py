@@ -116,6 +116,20 @@ class TrainData:
             ],
         }
 
+    def begun_elsewhere(self, position: Mapping[str, Any], loaders: list[Any]) -> dict[str, Any]:
+        """Return the position of an imported checkpoint as if these loaders had begun its epoch just now.
+
+        It says how many batches were trained, and perhaps what stateful loaders kept, and nothing else.
+        """
+        for loader in loaders:
+            set_data_epoch(_OnlySampler(loader), position["epoch"])
+        self.before_iterating(loaders, position["epoch"])
+        begun = self.capture(loaders, epoch=position["epoch"], batches=position["batches"], is_last=False)
+        states = position["states"]
+        for index, saved in enumerate(begun["loaders"]):
+            saved["state"] = states[index] if len(states) == len(loaders) else None
+        return begun
+
     def check(self, position: Mapping[str, Any], loaders: list[Any]) -> Mapping[str, Any]:
         """Compare the loaders with those of the run that saved.
 
@@ -228,6 +242,8 @@ class TrainData:
         batches = position["batches"]
         if len(loaders) == 1:
             saved = position["loaders"][0]
+            if saved["state"] is None and batches and loader_kind(loaders[0]) == "stateful":
+                return ResumePlan("replay", (f"reading {batches} batches again: the checkpoint has no loader's state",))
             state = {
                 "epoch": position["epoch"],
                 "batch": batches,

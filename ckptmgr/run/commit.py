@@ -30,7 +30,7 @@ from ckptmgr.format.manifest import (
     metric_to_value,
 )
 from ckptmgr.format.payload import FilePayload
-from ckptmgr.format.record import FORMAT_VERSION, RANKS_VERSION, encode_record
+from ckptmgr.format.record import FILES_VERSION, FORMAT_VERSION, RANKS_VERSION, encode_record
 from ckptmgr.run.clock import utc_now
 from ckptmgr.run.lineage import refuse_if_fenced
 from ckptmgr.storage.protocol import Buffer, Storage
@@ -88,9 +88,9 @@ def write_files(storage: Storage, checkpoint: CheckpointId, files: Sequence[File
     state = 0
     for file in files:
         if file.content is not None:
-            if file.name.startswith("state"):
+            if file.is_state:
                 state = len(records)
-            records.append(_write_document(storage, checkpoint, file.name, file.content))
+            records.append(_write_document(storage, checkpoint, file, file.content))
         else:
             records.append(_write_tensors(storage, checkpoint, file, len(records), tensors))
     return Sealed(tuple(records), tuple(tensors), state)
@@ -124,7 +124,7 @@ def commit_sealed(
         tensors += [msgspec.structs.replace(tensor, file=first + tensor.file) for tensor in part.tensors]
         states.append(first + part.state)
     manifest = Manifest(
-        version=FORMAT_VERSION if len(parts) == 1 else RANKS_VERSION,
+        version=_version(parts, records),
         run_id=fields.run_id,
         checkpoint=str(checkpoint),
         attempt=checkpoint.attempt,
@@ -157,6 +157,13 @@ def commit_sealed(
     return manifest
 
 
+def _version(parts: Sequence[Sealed], files: Sequence[FileRecord]) -> int:
+    """Return the oldest version whose readers understand the manifest."""
+    if any(file.entry is not None for file in files):
+        return FILES_VERSION
+    return FORMAT_VERSION if len(parts) == 1 else RANKS_VERSION
+
+
 @contextmanager
 def told_if_fenced(storage: Storage, attempt: int) -> Iterator[None]:
     """Run a part of a save after a look for a newer attempt, and look again if the storage fails.
@@ -185,11 +192,19 @@ def commit_checkpoint(
     return commit_sealed(storage, checkpoint, [sealed], fields)
 
 
-def _write_document(storage: Storage, checkpoint: CheckpointId, name: str, content: bytes) -> FileRecord:
-    path = check_key(checkpoint.folder + name)
+def _write_document(storage: Storage, checkpoint: CheckpointId, file: FilePayload, content: bytes) -> FileRecord:
+    path = check_key(checkpoint.folder + file.name)
     storage.write(path, [content])
     blocks = block_digests(content)
-    return FileRecord(path=path, nbytes=len(content), digest=combined_digest(blocks), blocks=blocks.hex())
+    return FileRecord(
+        path=path,
+        nbytes=len(content),
+        digest=combined_digest(blocks),
+        blocks=blocks.hex(),
+        entry=file.entry,
+        name=file.stored_as,
+        rank=file.rank,
+    )
 
 
 def _write_tensors(

@@ -93,6 +93,22 @@ class CheckpointReader:
             raise self._damaged(f"the state document of rank {rank}", "the manifest lists none") from error
         return parse_json(self.read_document(file), where=file.path)
 
+    def read_stored(self, entry: str, name: str, rank: int) -> bytes:
+        """Return the bytes of a tool's own file.
+
+        Args:
+            entry: The entry that it belongs to.
+            name: What the entry's tree calls it.
+            rank: The rank whose file it is, where each has its own.
+
+        Raises:
+            CorruptCheckpointError: As `read_document`; or the manifest lists none of that name.
+        """
+        for file in self.manifest.files:
+            if (file.entry, file.name) == (entry, name) and file.rank in (None, rank):
+                return self.read_document(file)
+        raise self._damaged(f"the file {name!r} of {entry!r}", "the manifest lists none")
+
     def read_document(self, file: FileRecord) -> bytes:
         """Return the bytes of a file that is no tensor file.
 

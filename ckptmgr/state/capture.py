@@ -23,9 +23,17 @@ from ckptmgr.errors import StateMismatchError, UnsupportedStateError
 from ckptmgr.format.tree import Path, format_path
 from ckptmgr.state.codec import EntryEncoder, decode_entry
 from ckptmgr.state.entry import CapturedEntry
-from ckptmgr.state.handlers import REGISTRY, HandlerRegistry, RestoresWithBackup, StateHandler, scopes_of
+from ckptmgr.state.handlers import (
+    REGISTRY,
+    HandlerRegistry,
+    RestoresWithBackup,
+    StateHandler,
+    fingerprint_of,
+    scopes_of,
+)
 from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.renamed_entries import in_live_names
+from ckptmgr.state.sources import class_sources
 from ckptmgr.state.trees import copied_tree
 
 __all__ = ["CapturedEntry", "capture_state", "check_state", "dry_check", "restore_state"]
@@ -52,7 +60,10 @@ def capture_state(state: Mapping[str, object], *, registry: HandlerRegistry = RE
             tree = handler.capture(value, names)
         except UnsupportedStateError as error:
             raise UnsupportedStateError(f"state[{name!r}]: {error.what}", why=error.why, next=error.next) from error
-        entries.append(CapturedEntry(name, handler.name, handler.version, tree, *scopes_of(handler, value)))
+        scope, tensor_scopes = scopes_of(handler, value)
+        mark = fingerprint_of(handler, tree)
+        classes = class_sources(value) if isinstance(value, torch.nn.Module) else {}
+        entries.append(CapturedEntry(name, handler.name, handler.version, tree, scope, tensor_scopes, mark, classes))
     return entries
 
 
@@ -69,7 +80,7 @@ def dry_check(entries: Iterable[CapturedEntry]) -> None:
         encoder = EntryEncoder(entry)
         document = json.loads(json.dumps(encoder.tree, allow_nan=False))
         # Nothing is copied for this: a tensor's name stands for the live tensor.
-        decoded = decode_entry(document, encoder.live_tensor)
+        decoded = decode_entry(document, encoder.live_tensor, encoder.content)
         path = _first_difference(entry.tree, decoded, (entry.name,))
         if path is not None:
             raise UnsupportedStateError(

@@ -18,6 +18,7 @@ from ckptmgr.errors import UnsupportedStateError
 from ckptmgr.format.tree import EncodeLeaf, Path, decode_tree, encode_tree, format_path
 from ckptmgr.state.entry import CapturedEntry
 from ckptmgr.state.sharding import Shard, is_sharded, shard_of
+from ckptmgr.state.stored_file import StoredFile, check_stored_name
 from ckptmgr.state.tensors import (
     DTYPES,
     STORED_DTYPES,
@@ -28,9 +29,18 @@ from ckptmgr.state.tensors import (
     store_tensor,
 )
 
-__all__ = ["INLINE_NBYTES", "EntryEncoder", "TensorOfName", "decode_entry", "decode_value", "encode_value"]
+__all__ = [
+    "INLINE_NBYTES",
+    "ContentOfName",
+    "EntryEncoder",
+    "TensorOfName",
+    "decode_entry",
+    "decode_value",
+    "encode_value",
+]
 
 TensorOfName: TypeAlias = Callable[[str], torch.Tensor]
+ContentOfName: TypeAlias = Callable[[str], bytes]
 
 INLINE_NBYTES = 1024
 """NumPy arrays up to this size stay in the document; larger ones are stored as tensors."""
@@ -54,6 +64,7 @@ class EntryEncoder:
         tree: The encoded tree.
         tensors: What the tree refers to, each tensor once; of sharded ones this rank's part.
         sharded: The live DTensors among them.
+        files: Tools' own files that the tree refers to, by the name that it uses.
 
     Raises:
         UnsupportedStateError: A value that cannot be stored. Names its path and type.
@@ -62,6 +73,7 @@ class EntryEncoder:
     def __init__(self, entry: CapturedEntry) -> None:
         self.tensors: list[StoredTensor] = []
         self.sharded: list[Any] = []
+        self.files: dict[str, StoredFile] = {}
         # Safetensors keeps this name for itself.
         self._taken = {"__metadata__"}
         self._by_identity: dict[object, StoredTensor] = {}
@@ -72,6 +84,10 @@ class EntryEncoder:
         """Return the live tensor of a name in the tree; an empty one for a NumPy array."""
         return self._live.get(name, torch.empty(0))
 
+    def content(self, key: str) -> bytes:
+        """Return the content of a tool's own file, by the name that the tree uses."""
+        return self.files[key].content
+
     def _leaf(self, value: object, path: Path) -> dict[str, Any] | None:
         if isinstance(value, torch.Tensor):
             return self._tensor(value, path)
@@ -79,6 +95,8 @@ class EntryEncoder:
             if type(value) is np.ndarray and value.dtype in _NUMPY_DTYPES and value.nbytes > INLINE_NBYTES:
                 return {"$array": self._array(value, path)}
             return None
+        if isinstance(value, StoredFile):
+            return {"$file": [self._file(value, path), value.name]}
         tagged = _encode_torch_value(value) or _encode_config(value, path, self._leaf)
         if tagged is None:
             _refuse_object(value, path)
@@ -142,6 +160,14 @@ class EntryEncoder:
         self.tensors.append(StoredTensor(name, array, STORED_DTYPES[DTYPES[str(array.dtype)]]))
         return name
 
+    def _file(self, file: StoredFile, path: Path) -> str:
+        check_stored_name(file.name, format_path(path))
+        key, number = file.name, 2
+        while key in self.files:
+            key, number = f"{number}-{file.name}", number + 1
+        self.files[key] = file
+        return key
+
     def _name(self, path: Path) -> str:
         inner = path[2:] if path[1:2] and path[1] in _UNNAMED_LEVELS else path[1:]
         # A lone surrogate is a legal Python string and an illegal JSON one.
@@ -153,35 +179,43 @@ class EntryEncoder:
         return name
 
 
-def decode_entry(tree: Any, tensor: TensorOfName) -> Any:
+def _no_file(name: str) -> bytes:
+    raise ValueError(f"it refers to the file {name!r}")
+
+
+def decode_entry(tree: Any, tensor: TensorOfName, content: ContentOfName = _no_file) -> Any:
     """Turn an entry's encoded tree back into values.
 
     Args:
         tree: What `EntryEncoder.tree` was.
         tensor: Returns an entry's tensor by its name.
+        content: Returns the bytes of a tool's own file by the name that the tree uses.
 
     Raises:
         CorruptCheckpointError: The tree does not follow the grammar.
     """
 
-    def leaf(tag: str, content: Any) -> object:
+    def leaf(tag: str, value: Any) -> object:
         match tag:
             case "$tensor":
-                return tensor(content)
+                return tensor(value)
             case "$array":
-                return tensor(content).numpy()
+                return tensor(value).numpy()
+            case "$file":
+                key, name = value
+                return StoredFile(check_stored_name(name, "the state"), content(key))
             case "$sparse":
-                return _decode_sparse(content, tensor)
+                return _decode_sparse(value, tensor)
             case "$dtype":
-                return DTYPES[content]
+                return DTYPES[value]
             case "$size":
-                return torch.Size(content)
+                return torch.Size(value)
             case "$device":
-                return torch.device(content)
+                return torch.device(value)
             case "$config":
                 from omegaconf import OmegaConf
 
-                return OmegaConf.create(decode_tree(content, leaf))
+                return OmegaConf.create(decode_tree(value, leaf))
         raise ValueError("an unknown tag")
 
     return decode_tree(tree, leaf)

@@ -30,6 +30,8 @@ class CapturedEntry:
         scope: Whether it is the same on every rank of the job, or each rank has its own.
         tensor_scopes: Names of tensors (as they stand in the entry's file) of a replicated entry for which that does
             not hold.
+        fingerprint: Digest of what a preprocessor does; None for other entries.
+        classes: Code that a module is made of: class → digest of its source, or None.
     """
 
     name: str
@@ -38,3 +40,5 @@ class CapturedEntry:
     tree: Any
     scope: EntryScope = "replicated"
     tensor_scopes: Mapping[str, TensorScope] = field(default_factory=dict)
+    fingerprint: str | None = None
+    classes: Mapping[str, str | None] = field(default_factory=dict)

@@ -20,6 +20,7 @@ __all__ = [
     "HandlerRegistry",
     "RestoresWithBackup",
     "StateHandler",
+    "fingerprint_of",
     "register_handler",
     "scopes_of",
 ]
@@ -80,8 +81,16 @@ def scopes_of(handler: StateHandler, value: object) -> tuple[EntryScope, Mapping
     return getattr(handler, "scope", "per-rank"), {} if tensor_scopes is None else tensor_scopes(value)
 
 
+def fingerprint_of(handler: StateHandler, tree: Any) -> str | None:
+    """Return the digest of what an entry does, from a handler that has a method ``fingerprint(tree)``; else None."""
+    fingerprint = getattr(handler, "fingerprint", None)
+    return None if fingerprint is None else fingerprint(tree)
+
+
 class HandlerRegistry:
     """Finds the handler of a value: registered ones first (the latest of them first), then the built-in ones.
+
+    Of the built-in ones, a handler whose attribute ``entries`` has the entry's name comes first.
 
     The first capture freezes it: a handler that came later would save a run's later checkpoints in another form than
     its earlier ones.
@@ -89,8 +98,14 @@ class HandlerRegistry:
 
     def __init__(self) -> None:
         self._registered: list[StateHandler] = []
+        self._built_in: tuple[StateHandler, ...] = _BUILT_IN
         self._is_frozen = False
         self._has_entry_points = False
+
+    def build_in(self, handler: StateHandler) -> None:
+        """Add a handler of a room above this one: it is always there, and may be added before and after `freeze`."""
+        if all(type(handler) is not type(known) for known in self._built_in):
+            self._built_in = (handler, *self._built_in)
 
     def register(self, handler: StateHandler) -> None:
         """Add a handler.
@@ -112,7 +127,7 @@ class HandlerRegistry:
                 why="state has been captured already; the checkpoints of a run must not change their form",
                 next="register handlers before the first Checkpointer or CheckpointManager is used",
             )
-        if any(handler.name == known.name for known in (*self._registered, *_BUILT_IN)):
+        if any(handler.name == known.name for known in (*self._registered, *self._built_in)):
             raise UsageError(
                 f"the name {handler.name!r} of a state handler is taken",
                 why="the name says in a manifest which handler restores an entry",
@@ -136,8 +151,11 @@ class HandlerRegistry:
             UnsupportedStateError: Nobody handles it. Says how to register a handler.
         """
         self._load_entry_points()
-        for handler in (*reversed(self._registered), *_BUILT_IN):
+        for handler in reversed(self._registered):
             if handler.handles(value):
+                return handler
+        for handler in self._built_in:
+            if name in getattr(handler, "entries", ()) or handler.handles(value):
                 return handler
         raise _unsupported(name, value)
 

@@ -29,7 +29,8 @@ class ModuleHandler:
     """Captures what ``state_dict()`` gives, with the prefixes of wrappers removed.
 
     The tree is ``{"tensors": {name: tensor}}``, with ``"values": {name: value}`` for extra state that is no tensor, and
-    ``"versions": {module: number}`` for modules whose state dict has a version other than 1.
+    ``"versions": {module: number}`` for modules whose state dict has a version other than 1; and ``"imported": True``
+    where another tool wrote it.
 
     A module that loads its state in torch's own way is restored by copying into its tensors, which cannot fail once
     shapes and dtypes have been checked. One with hooks or code of its own is given its state through
@@ -69,7 +70,7 @@ class ModuleHandler:
         _refuse_unready(value)
         live, _ = _own_state(value)
         memory = _live_memory(value)
-        saved: dict[str, Any] = {**tree["tensors"], **tree.get("values", {})}
+        saved = _saved_state(tree, live)
         differences = Differences("the module", next=_NEXT)
         differences.add_names("missing in the checkpoint", (name for name in live if name not in saved))
         differences.add_names("not in the live module", (name for name in saved if name not in live))
@@ -89,7 +90,7 @@ class ModuleHandler:
     def restore(self, value: nn.Module, tree: Any, names: ParameterNames) -> None:
         """Copy the saved state into the live tensors."""
         live, keys = _own_state(value)
-        saved: dict[str, Any] = {**tree["tensors"], **tree.get("values", {})}
+        saved = _saved_state(tree, live)
         if _loads_plainly(value, live):
             with torch.no_grad():
                 for name, tensor in live.items():
@@ -111,6 +112,22 @@ class ModuleHandler:
             return None
         tree = copied_tree(self.capture(value, names))
         return lambda: self.restore(value, tree, names)
+
+
+def _saved_state(tree: Mapping[str, Any], live: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the saved state by name. Other tools write a tied tensor once, and leave its other names to the module."""
+    saved: dict[str, Any] = {**tree["tensors"], **tree.get("values", {})}
+    if tree.get("imported"):
+        by_memory = {memory_identity(item): saved[name] for name, item in live.items() if _is_one(item, name, saved)}
+        by_memory.pop(None, None)
+        for name, item in live.items():
+            if name not in saved and isinstance(item, torch.Tensor) and memory_identity(item) in by_memory:
+                saved[name] = by_memory[memory_identity(item)]
+    return saved
+
+
+def _is_one(item: Any, name: str, saved: Mapping[str, Any]) -> bool:
+    return isinstance(item, torch.Tensor) and name in saved
 
 
 class _StateDict(dict[str, Any]):

@@ -12,7 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ckptmgr.state.entry import TensorScope
 from ckptmgr.state.sharding import LiveShards, is_sharded
 
-__all__ = ["ParameterNames", "WrapperPrefixes", "buffer_scopes", "module_names"]
+__all__ = ["ParameterNames", "WrapperPrefixes", "buffer_scopes", "module_names", "unwrapped_module"]
 
 # Looked up only where the program has imported the module: importing torch._dynamo takes seconds, and a module that
 # nobody imported has no instances.
@@ -34,6 +34,13 @@ def _wrapped_attribute(module: nn.Module) -> str | None:
         if cls is not None and isinstance(module, cls):
             return attribute
     return None
+
+
+def unwrapped_module(module: nn.Module) -> nn.Module:
+    """Return the module inside of all wrappers that are around it."""
+    while (attribute := _wrapped_attribute(module)) is not None:
+        module = getattr(module, attribute)
+    return module
 
 
 class WrapperPrefixes:

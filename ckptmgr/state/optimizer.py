@@ -24,6 +24,7 @@ from ckptmgr.state.optimizer_kinds import (
     slot_changes,
 )
 from ckptmgr.state.optimizer_names import is_numbered, to_indices, to_names
+from ckptmgr.state.optimizer_positions import in_live_names_by_position
 from ckptmgr.state.optimizer_slots import keep_live_tensors, like_live, uncast
 from ckptmgr.state.sharding import as_live, is_sharded
 from ckptmgr.state.trees import copied_tree, same_structure_copy
@@ -86,6 +87,7 @@ class OptimizerHandler:
                 why="the state of one kind means nothing to another",
                 next="build the same optimizer; to train on with another, start a new run from these weights",
             )
+        tree = in_live_names_by_position(tree, optimizer, *group_names(optimizer, names))
         listed, positional = _live_names(optimizer, tree, names)
         if positional != tree["positional"]:
             named, unnamed = (
@@ -122,6 +124,7 @@ class OptimizerHandler:
         if "opaque" in tree:
             optimizer.load_state_dict(same_structure_copy(tree["opaque"]))
             return
+        tree = in_live_names_by_position(tree, optimizer, *group_names(optimizer, names))
         listed, _ = _live_names(optimizer, tree, names)
         followed = followed_options(tree, optimizer)
         carry = plan_carry(tree, listed, follows_live=followed)

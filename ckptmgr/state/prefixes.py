@@ -7,16 +7,12 @@ another module when it was saved, such as ``model.`` of a LightningModule, and w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TypeAlias
 
-import torch
-
-from ckptmgr.state.sharding import SavedPart
-
-__all__ = ["NameRule", "Shapes", "find_rule", "nearest_rule", "shapes_of"]
+__all__ = ["NameRule", "Shapes", "find_rule", "nearest_rule", "prefix_votes", "shapes_of"]
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...] | None]
 """Shapes by name; None for what is no tensor, or may change its shape."""
@@ -87,7 +83,7 @@ def nearest_rule(saved: Shapes, live: Shapes) -> str | None:
     if len(complete := _complete(saved, live)) > 1:
         ways = "; or ".join(str(rule) for rule, _ in complete)
         return f"the checkpoint's names would fit in {len(complete)} ways, and nothing tells which one is meant: {ways}"
-    votes = [(count, rule) for rule, count in _votes(saved, live)]
+    votes = [(count, rule) for rule, count in prefix_votes(saved, live)]
     most = max((count for count, _ in votes), default=0)
     plain = sum(1 for name in saved if name in live and saved[name] == live[name])
     if most <= plain or 2 * most < len(live) or len(complete) == 1:
@@ -116,7 +112,7 @@ def _complete(saved: Shapes, live: Shapes) -> list[tuple[NameRule, dict[str, str
     found: list[tuple[NameRule, dict[str, str]]] = []
     if len(saved) != len(live):
         return found
-    for rule, count in _votes(saved, live):
+    for rule, count in prefix_votes(saved, live):
         if count == len(saved):
             pairs = rule.pairs(saved, live)
             if all(pairs != other for _, other in found):
@@ -124,10 +120,18 @@ def _complete(saved: Shapes, live: Shapes) -> list[tuple[NameRule, dict[str, str
     return found
 
 
-def _votes(saved: Shapes, live: Shapes) -> Iterator[tuple[NameRule, int]]:
-    """Yield every rule that matches any names, with how many; those that leave the least out come first."""
+def prefix_votes(
+    saved: Shapes, live: Shapes, *, wrapper_words: Sequence[str] = _WRAPPER_WORDS
+) -> Iterator[tuple[NameRule, int]]:
+    """Yield every rule that matches any names, with how many; those that leave the least out come first.
+
+    Args:
+        saved: The checkpoint's.
+        live: The live module's.
+        wrapper_words: Parts of names that wrappers may have added.
+    """
     parts = {part for name in (*saved, *live) for part in name.split(".")[:-1]}
-    present = [word for word in _WRAPPER_WORDS if word in parts]
+    present = [word for word in wrapper_words if word in parts]
     for size in range(len(present) + 1):
         for words in combinations(present, size):
             short_saved = {_without(name, words): shape for name, shape in saved.items()}
@@ -166,6 +170,11 @@ def _without(name: str, words: tuple[str, ...]) -> str:
 
 
 def _shape(name: str, item: object) -> tuple[int, ...] | None:
+    # Here, so that names can be compared without torch.
+    import torch
+
+    from ckptmgr.state.sharding import SavedPart
+
     if not isinstance(item, (torch.Tensor, SavedPart)) or name.rpartition(".")[2] == "_extra_state":
         return None
     return None if isinstance(item, torch.Tensor) and torch.nn.parameter.is_lazy(item) else tuple(item.shape)

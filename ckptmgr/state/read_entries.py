@@ -7,6 +7,7 @@ anew, and of what each rank had for itself, a rank takes what the rank of its nu
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +58,12 @@ def load_entries(
         trees = documents[source if entry.scope == "per-rank" else 0]
         if name not in trees:
             raise _corrupt(reader, f"the manifest lists the entry {name!r}, the state document does not hold it")
-        tree = decode_entry(trees[name], _TensorLoader(reader, name, tensors[name], live))
+        owner = source if entry.scope == "per-rank" else 0
+        tree = decode_entry(
+            trees[name],
+            _TensorLoader(reader, name, tensors[name], live),
+            partial(reader.read_stored, name, rank=owner),
+        )
         loaded[name] = CapturedEntry(name, entry.handler, entry.handler_version, tree, entry.scope)
     return loaded
 

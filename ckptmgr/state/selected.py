@@ -19,7 +19,7 @@ from ckptmgr.state.optimizer import unwrap_optimizer
 from ckptmgr.state.rename_rules import RenameRules, RuledEntries
 from ckptmgr.state.renamed_entries import RenamedEntries, in_live_names
 from ckptmgr.state.selected_parts import Build, ModuleParts, OptimizerParts, is_module_tree, is_optimizer_tree
-from ckptmgr.state.selection import Choice, Selection, SelectionReport
+from ckptmgr.state.selection import Choice, Selection, SelectionReport, covers
 
 __all__ = ["SelectedState", "select_state"]
 
@@ -175,7 +175,13 @@ def select_state(
     moves = ((old.partition("/")[0], new.partition("/")[0]) for old, new in ruled.names.items())
     moved = {old for old, new in moves if old != new}
     followed_by = {path: _NOTES[word] for word, path in own.items() if word in _NOTES}
-    build, checking = Build(selection.dtype), Build("live" if selection.dtype == "saved" else selection.dtype)
+    for pattern in selection.resize:
+        if not any(
+            covers(pattern, path) for part in parts.values() if isinstance(part, ModuleParts) for path in part.leaves
+        ):
+            raise choice.no_match(pattern)
+    build = Build(selection.dtype, resize=selection.resize)
+    checking = Build("live" if selection.dtype == "saved" else selection.dtype, resize=selection.resize)
     made = _entries(parts, saved, live, taken, naming, choice, build)
     return SelectedState(
         state={name: value for name, value in state.items() if name in taken or name in naming},
@@ -186,7 +192,8 @@ def select_state(
             not_restored=choice.not_restored(groups, partial=moved, notes=followed_by),
             cast=build.cast,
             renamed={**ruled.entry_names, **{old: in_live.names.get(new, new) for old, new in ruled.names.items()}},
-            notes=notes,
+            notes=(*notes, *build.notes),
+            resized=build.resized,
         ),
         _selection=selection,
         # Live tensors take another dtype only once all has been checked; so the check casts the saved ones.

@@ -27,7 +27,8 @@ from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.optimizer import unwrap_optimizer
 from ckptmgr.state.optimizer_carry import LIVE_OPTIONS
 from ckptmgr.state.optimizer_kinds import can_step_with
-from ckptmgr.state.selection import Choice, DtypePolicy
+from ckptmgr.state.resizing import Resizer, resize_slots
+from ckptmgr.state.selection import Choice, DtypePolicy, ResizePolicy, covers
 from ckptmgr.state.tensors import dtype_name, memory_identity
 
 __all__ = ["Build", "ModuleParts", "OptimizerParts", "is_module_tree", "is_optimizer_tree"]
@@ -44,12 +45,20 @@ class Build:
         cast: Paths of tensors that get another dtype, with the dtypes before and after.
         retyped: Live tensors, by id, that take the dtype of the checkpoint.
         caster: Casts saved tensors.
+        resize: Patterns of tensors, and how they are resized.
+        resized: Paths of those that were, by all names, with the shapes before and after.
+        resizer: Resizes saved tensors.
+        notes: Sentences for the user.
     """
 
     dtype: DtypePolicy
     cast: dict[str, tuple[str, str]] = field(default_factory=dict)
     retyped: dict[int, tuple[torch.Tensor, torch.dtype]] = field(default_factory=dict)
     caster: Caster = field(default_factory=Caster)
+    resize: Mapping[str, ResizePolicy] = field(default_factory=dict)
+    resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    resizer: Resizer = field(default_factory=Resizer)
+    notes: list[str] = field(default_factory=list)
 
 
 def is_module_tree(tree: Any) -> bool:
@@ -108,6 +117,7 @@ class ModuleParts:
         values: dict[str, Any] = {}
         own = own_tensors(self._module) if self._is_in_both else {}
         retyped = []
+        policies = self._policies(build.resize)
         for name in taken:
             item = self._saved[name]
             if name in own and name in self._live and are_floats(item, self._live[name]):
@@ -119,6 +129,11 @@ class ModuleParts:
                     build.cast[f"{self._entry}/{name}"] = (words[1], words[0])
                     build.retyped[id(own[name])] = (own[name], item.dtype)
                     retyped.append(name)
+            if name in policies and name in self._live:
+                path, before = f"{self._entry}/{name}", tuple(item.shape)
+                item = build.resizer.resize(path, item, self._live[name], policies[name])
+                if tuple(item.shape) != before:
+                    build.resized[path] = before, tuple(item.shape)
             (result["tensors"] if name in self._tree["tensors"] else values)[name] = item
         if retyped:
             refuse_to_retype(self._entry, self._module, retyped)
@@ -129,6 +144,23 @@ class ModuleParts:
             result["values"] = values
         self._put_versions(result, taken, kept)
         return result
+
+    def _policies(self, resize: Mapping[str, ResizePolicy]) -> dict[str, ResizePolicy]:
+        """Return how tensors are resized, by name; what holds for one name of a tensor holds for all of them."""
+        found: dict[str, ResizePolicy] = {}
+        for pattern, policy in resize.items():
+            found |= {
+                name: policy
+                for name, item in self._live.items()
+                if isinstance(item, torch.Tensor) and covers(pattern, f"{self._entry}/{name}")
+            }
+        if found:
+            memory = {memory_identity(self._live[name]): policy for name, policy in found.items()}
+            memory.pop(None, None)
+            for name, item in self._live.items():
+                if isinstance(item, torch.Tensor) and memory_identity(item) in memory:
+                    found.setdefault(name, memory[memory_identity(item)])
+        return found
 
     def _refuse_halves(self, taken: Sequence[str], kept: Sequence[str]) -> None:
         memory: dict[Any, str] = {}
@@ -181,6 +213,7 @@ class OptimizerParts:
                     every = tuple(dict.fromkeys((name, *names.all_of(parameter))))
                     self._parameters.update(dict.fromkeys(every, (name, parameter, group)))
                     aliases.update(dict.fromkeys(every, every))
+        self._aliases = aliases
         self._saved_names = [name for group in self._tree["groups"] for name in group["params"]]
         self._known = set(self._saved_names)
         live_names = [name for group in self._live_tree["groups"] for name in group["params"]]
@@ -258,12 +291,28 @@ class OptimizerParts:
         return result
 
     def _slots(self, name: str, group: Mapping[str, Any], build: Build) -> Any:
-        slots = self._tree["state"].get(name)
+        slots = self._resized_slots(name, self._tree["state"].get(name), build)
         was, now = self._saved_dtype(name), self._dtype_now(name, build)
         if slots is None or was is None or now is None or build.dtype != "live" or not floats_named(was, now):
             return slots
         build.cast[f"{self._entry}/state/{name}"] = (was, now)
         return cast_slots(slots, was, now, build.caster)
+
+    def _resized_slots(self, name: str, slots: Any, build: Build) -> Any:
+        shapes = self._resized(name, build)
+        if shapes is None or not isinstance(slots, Mapping):
+            return slots
+        resized, why = resize_slots(slots, *shapes)
+        if resized is None:
+            build.notes.append(f"{self._entry}: its state for {name} begins anew, for it cannot be resized: {why}")
+        return resized
+
+    def _resized(self, name: str, build: Build) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Return the shapes of a parameter before and after, where it was resized."""
+        described = self._tree.get("parameters", {}).get(name)
+        names = (name, *self._aliases.get(name, ()))
+        shapes = next((build.resized[it] for it in names if it in build.resized), None)
+        return shapes if described is not None and shapes is not None and tuple(described[1]) == shapes[0] else None
 
     def _live_slots(self, name: str, group: Mapping[str, Any]) -> Any:
         """Return what the live optimizer has, where it can go on with it: mostly it has nothing yet."""
@@ -281,6 +330,9 @@ class OptimizerParts:
         if now is None or name not in described:
             return
         was, shape = described[name]
+        if (resized := self._resized(name, build)) is not None:
+            described[name] = [was, list(resized[1])]
+            shape = described[name][1]
         if not is_taken:
             described[name] = [now, self._live_tree["parameters"][self._parameters[name][0]][1]]
         elif build.dtype != "strict" and floats_named(was, now):

@@ -16,11 +16,12 @@ from typing import Literal, Self, TypeAlias
 from ckptmgr.errors import UsageError
 from ckptmgr.state.rename_rules import RenameRules
 
-__all__ = ["Choice", "DtypePolicy", "NotRestored", "Selection", "SelectionReport"]
+__all__ = ["Choice", "DtypePolicy", "NotRestored", "ResizePolicy", "Selection", "SelectionReport"]
 
 _log = logging.getLogger("ckptmgr")
 
 DtypePolicy: TypeAlias = Literal["strict", "live", "saved"]
+ResizePolicy: TypeAlias = Literal["slice", "grow"]
 
 _SHOWN = 3
 
@@ -53,6 +54,11 @@ class Selection:
         rename: Names in the checkpoint and what they are called now: exact ones, or with one ``*`` at the same end of
             both, as in ``{"model/backbone.*": "model/encoder.*"}``. For parameters and buffers, and with them for the
             state of optimizers. Of several rules for a name the longest holds.
+        resize: Paths or patterns of tensors that have another number of rows (their first dimension) than the live
+            ones, as after tokens were added to a vocabulary: ``slice`` takes the first rows of the checkpoint, ``grow``
+            all of them, and keeps the further ones of the live tensor as the program has initialised them. What
+            optimizers keep for a parameter is resized with it, with zeros for new rows; where that means nothing, it
+            begins anew, and that is said.
         dtype: What to do where a floating-point tensor has another dtype than the live one: ``strict`` refuses,
             ``live`` casts the saved value, ``saved`` gives the live tensor the dtype of the checkpoint.
 
@@ -69,6 +75,7 @@ class Selection:
     exclude: Sequence[str] = ()
     rename: Mapping[str, str] = field(default_factory=dict)
     dtype: DtypePolicy = "strict"
+    resize: Mapping[str, ResizePolicy] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -82,18 +89,31 @@ class Selection:
                 f"dtype={self.dtype!r}",
                 why="it is 'strict', 'live' for the dtype of the live tensors, or 'saved' for the checkpoint's",
             )
+        object.__setattr__(self, "resize", _policies(self.resize))
         # What cannot be meant is refused here, and not after the checkpoint was read.
         object.__setattr__(self, "rename", RenameRules(self.rename).as_given)
 
     @classmethod
-    def only(cls, *patterns: str, rename: Mapping[str, str] | None = None, dtype: DtypePolicy = "strict") -> Self:
+    def only(
+        cls,
+        *patterns: str,
+        rename: Mapping[str, str] | None = None,
+        dtype: DtypePolicy = "strict",
+        resize: Mapping[str, ResizePolicy] | None = None,
+    ) -> Self:
         """Restore nothing but this: ``Selection.only("model")``."""
-        return cls(include=patterns, rename=rename or {}, dtype=dtype)
+        return cls(include=patterns, rename=rename or {}, dtype=dtype, resize=resize or {})
 
     @classmethod
-    def without(cls, *patterns: str, rename: Mapping[str, str] | None = None, dtype: DtypePolicy = "strict") -> Self:
+    def without(
+        cls,
+        *patterns: str,
+        rename: Mapping[str, str] | None = None,
+        dtype: DtypePolicy = "strict",
+        resize: Mapping[str, ResizePolicy] | None = None,
+    ) -> Self:
         """Restore everything but this: ``Selection.without("scheduler", "data")``."""
-        return cls(exclude=patterns, rename=rename or {}, dtype=dtype)
+        return cls(exclude=patterns, rename=rename or {}, dtype=dtype, resize=resize or {})
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -141,6 +161,7 @@ class SelectionReport:
         not_restored: Everything of the checkpoint and of the live state that was left out; empty if nothing was.
         cast: Paths of tensors whose dtype was changed, with the dtypes before and after.
         renamed: Names in the checkpoint, and what they are called now.
+        resized: Paths of tensors with another number of rows, with the shapes before and after.
         notes: Further sentences for the user.
     """
 
@@ -148,6 +169,7 @@ class SelectionReport:
     cast: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    resized: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
 
     def log(self, source: str, *, dtype: DtypePolicy) -> None:
         """Tell everything: what was not restored in one message, at WARNING.
@@ -164,6 +186,11 @@ class SelectionReport:
         whose = "values of the checkpoint" if dtype == "live" else "tensors of the program"
         for (before, after), paths in kinds.items():
             _log.warning("%s cast from %s to %s: %s", whose, before, after, _listed(paths))
+        for path, (was, now) in self.resized.items():
+            how = (
+                "the first rows were taken" if now[0] < was[0] else "new rows stay as the program has initialised them"
+            )
+            _log.warning("%s resized from %s to %s: %s", path, was, now, how)
         changed = [f"{old} -> {new}" for old, new in self.renamed.items() if old != new]
         if changed:
             _log.info("renamed: %s", _listed(changed))
@@ -193,7 +220,7 @@ class Choice:
             if excluded is not None or included is None:
                 self._left_out[path] = excluded
         for pattern in unused:
-            raise self._no_match(pattern)
+            raise self.no_match(pattern)
         if len(self._left_out) == len(leaves):
             raise UsageError(
                 "the selection leaves nothing to restore",
@@ -240,7 +267,8 @@ class Choice:
             found += [NotRestored(pattern, tuple(names)) for pattern, names in by_pattern.items()]
         return tuple(found)
 
-    def _no_match(self, pattern: str) -> UsageError:
+    def no_match(self, pattern: str) -> UsageError:
+        """Return the error for a pattern that matches nothing; it names the nearest path."""
         known = list(dict.fromkeys(name for leaf, others in self._leaves.items() for name in (leaf, *others)))
         whole = next((path for path in known if pattern.startswith(f"{path}/")), None)
         if whole is not None:
@@ -293,6 +321,20 @@ def _patterns(given: object, *, of: str) -> tuple[str, ...]:
         if not isinstance(pattern, str) or not pattern:
             raise UsageError(f"{of} has the pattern {pattern!r}", why="a pattern is text such as 'model/layers.3.*'")
     return listed
+
+
+def _policies(given: object) -> dict[str, ResizePolicy]:
+    example = "resize={'model/embed.weight': 'grow'}"
+    if not isinstance(given, Mapping):
+        raise UsageError(f"resize={given!r}", why="it is a dict of paths and what to do with them", next=example)
+    for pattern, policy in given.items():
+        if not isinstance(pattern, str) or not pattern or policy not in ("slice", "grow"):
+            raise UsageError(
+                f"resize has {pattern!r}: {policy!r}",
+                why="'slice' takes the first rows of the checkpoint, 'grow' keeps further rows of the live tensor",
+                next=example,
+            )
+    return dict(given)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ckptmgr.errors import UnsupportedStateError
 from ckptmgr.format.encoding import ALIGNMENT
 from ckptmgr.format.layout import payload_stem
 from ckptmgr.format.payload import FilePayload, TensorPayload
@@ -68,7 +69,8 @@ class SnapshotBuffers:
                 for what is not the same on all.
 
         Returns:
-            A safetensors file for each entry that has tensors, then the state document.
+            The files of each entry: those of other tools, and a safetensors file if it has tensors. Then the state
+            document.
 
         Raises:
             UnsupportedStateError: A value that cannot be stored. Names its path and type.
@@ -82,6 +84,18 @@ class SnapshotBuffers:
             if share.rank == 0 or entry.scope == "per-rank":
                 trees[entry.name] = encoder.tree
             written = {t.name: scope for t in encoder.tensors if (scope := share.scope_of(entry, t)) is not None}
+            own = share.rank if entry.scope == "per-rank" and share.world_size > 1 else None
+            if share.rank == 0 or own is not None:
+                files += [
+                    FilePayload(
+                        f"{payload_stem(entry.name, position)}{suffix}.{key}",
+                        content=file.content,
+                        entry=entry.name,
+                        stored_as=key,
+                        rank=own,
+                    )
+                    for key, file in encoder.files.items()
+                ]
             if written:
                 tensors = self._copy(entry.name, [t for t in encoder.tensors if t.name in written], devices)
                 tensors = [
@@ -94,7 +108,8 @@ class SnapshotBuffers:
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
         document = json.dumps({"entries": trees}, allow_nan=False, separators=(",", ":")).encode()
-        files.append(FilePayload(f"state{suffix}.json", content=document))
+        files.append(FilePayload(f"state{suffix}.json", content=document, is_state=True))
+        _refuse_one_name_twice(files)
         return files
 
     def _copy(self, entry: str, tensors: list[StoredTensor], devices: set[torch.device]) -> list[TensorPayload]:
@@ -160,6 +175,17 @@ class _Arena:
             return
         place = self._bytes[start:end].view(source.dtype).view(source.shape)
         place.copy_(source, non_blocking=self.is_pinned and source.is_cuda)
+
+
+def _refuse_one_name_twice(files: Sequence[FilePayload]) -> None:
+    seen: set[str] = set()
+    for file in files:
+        if file.name in seen:
+            raise UnsupportedStateError(
+                f"{file.entry!r} has a file that would be stored as {file.name}, and there is another of that name",
+                next="give the entry, or its file, another name",
+            )
+        seen.add(file.name)
 
 
 def _page_lock(array: np.ndarray[Any, Any]) -> bool:

@@ -49,7 +49,8 @@ class StatefulHandler:
 class SchedulerHandler(StatefulHandler):
     """Captures learning-rate schedulers as torch does; functions in them are the program's, and stay.
 
-    The tree is ``{"type": [class name, [nested], ...], "state": state_dict}``.
+    The tree is ``{"type": [class name, [nested], ...], "state": state_dict}``. Of a state that another tool saved
+    nobody knows the type, and it is None.
     """
 
     name = "scheduler"
@@ -66,7 +67,9 @@ class SchedulerHandler(StatefulHandler):
     def check(self, value: LRScheduler, tree: Any, names: ParameterNames) -> None:
         """Compare the kind and the number of groups."""
         live_kind = _kind(value)
-        if tree["type"] != live_kind:
+        if tree["type"] is None:
+            _check_keys(value, tree["state"])
+        elif tree["type"] != live_kind:
             raise StateMismatchError(
                 f"the scheduler of the checkpoint is {_kind_text(tree['type'])}, the live one {_kind_text(live_kind)}",
                 why="the state of one kind means nothing to another",
@@ -148,6 +151,18 @@ class GeneratorHandler:
     def restore(self, value: Any, tree: Any, names: ParameterNames) -> None:
         """Put the generator into the saved state."""
         restore_generator(value, tree)
+
+
+def _check_keys(scheduler: LRScheduler, state: Mapping[str, Any]) -> None:
+    """Tell another kind of scheduler by what it keeps."""
+    live, saved = scheduler.state_dict().keys(), state.keys()
+    # A later version of torch may keep more, and a first step too.
+    if {name for name in saved ^ live if not name.startswith("_")}:
+        raise StateMismatchError(
+            f"the scheduler that was imported is none of the live kind, {type(scheduler).__qualname__}",
+            why=f"it keeps {', '.join(sorted(map(str, saved)))}; the live one {', '.join(sorted(live))}",
+            next="build the scheduler that the run had; to change the schedule, leave it out of the restored entries",
+        )
 
 
 def _by_group(state: Mapping[str, Any]) -> list[Any] | None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-__all__ = ["StoredFile"]
+from ckptmgr.errors import UnsupportedStateError
+
+__all__ = ["StoredFile", "check_stored_name"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,3 +23,22 @@ class StoredFile:
 
     name: str
     content: bytes
+
+
+def check_stored_name(name: str, where: str) -> str:
+    """Return the name of a tool's own file, if every storage can hold it and no reader is led elsewhere by it.
+
+    Args:
+        name: As the tool calls the file.
+        where: Where it stands in the state, for the message.
+
+    Raises:
+        UnsupportedStateError: It is no such name.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UnsupportedStateError(
+            f"{where} has a file with the name {name!r}, which cannot be stored",
+            why="names of files are up to 64 letters, digits, '.', '_' and '-', and do not begin with a dot",
+            next="give the file another name",
+        )
+    return name

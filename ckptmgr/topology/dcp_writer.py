@@ -270,7 +270,7 @@ class CheckpointWriter(StorageWriter):
         ]
         if task.rank:
             # What rank 0's holds is known when all have reported.
-            files.append(FilePayload(f"state{suffix}.json", content=_document({})))
+            files.append(FilePayload(f"state{suffix}.json", content=_document({}), is_state=True))
         with told_if_fenced(self._storage, checkpoint.attempt) if self._leads else nullcontext():
             sealed = write_files(self._storage, checkpoint, files)
         live = getattr(planner, "state_dict", {}).values()
@@ -295,7 +295,9 @@ class CheckpointWriter(StorageWriter):
             for entry, names in by_entry.items()
         }
         with told_if_fenced(self._storage, checkpoint.attempt):
-            state = write_files(self._storage, checkpoint, [FilePayload("state.json", content=_document(trees))])
+            state = write_files(
+                self._storage, checkpoint, [FilePayload("state.json", content=_document(trees), is_state=True)]
+            )
         first = reports[0].sealed
         parts = [Sealed((*first.files, *state.files), first.tensors, len(first.files))]
         fields = dataclasses.replace(

@@ -32,7 +32,10 @@ def make_run(url: str, options: dict[str, Any] | None, *, nbytes: int) -> None:
     record_line(storage, attempt, None)
     data = memoryview(bytes(range(256)) * (nbytes // 256))
     tensor = TensorPayload(name="x", entry="model", dtype="U8", shape=(len(data),), data=data)
-    files = [FilePayload("model.safetensors", tensors=(tensor,)), FilePayload("state.json", content=b"{}")]
+    files = [
+        FilePayload("model.safetensors", tensors=(tensor,)),
+        FilePayload("state.json", content=b"{}", is_state=True),
+    ]
     entries = (EntryRecord(name="model", handler="module", handler_version=1),)
     fields = CheckpointFields(run_id="00" * 8, reason="test", entries=entries)
     commit_checkpoint(storage, CheckpointId(7, attempt, 0), files, fields)

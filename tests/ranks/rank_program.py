@@ -73,7 +73,11 @@ class Rank:
         }
         if self.number == self.job.get("counts"):
             state["own"] = Counter()
-        fields = {"keep_last": 100, "ranks_timeout": self.job.get("timeout_s", 30)} | options
+        fields = {
+            "keep_last": 100,
+            "ranks_timeout": self.job.get("timeout_s", 30),
+            "golden": self.job.get("golden"),
+        } | options
         return Checkpointer(self.job["run_dir"], state, **fields)
 
     def train(self) -> None:

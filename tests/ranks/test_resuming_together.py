@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from job_launcher import Launcher, Outcome
+from torch import nn
 
+from ckptmgr import load_inference
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.storage.local import LocalStorage
 
@@ -184,3 +186,21 @@ def test_each_rank_draws_on_as_it_would_have_and_new_ranks_draw_numbers_of_their
         assert len({first[generator] for first, _ in draws}) == 4
     resumed = finished(launcher("resumes", world_size=1, run_dir="", run_dirs=copies[3:], kind="plain"))
     assert resumed[0].noted("draws") == goes_on[:1]
+
+
+@pytest.mark.parametrize(("kind", "has_buffers"), [("ddp", True), ("fsdp2", False)])
+def test_golden_samples_leave_no_trace_on_any_rank_and_prove_the_whole_model_on_one(
+    launcher: Launcher, tmp_path: Path, kind: str, has_buffers: bool
+) -> None:
+    jobs = []
+    for name, golden in (("plain", None), ("watched", [[[0.5] * 8], [[-1.0] * 8]])):
+        run_dir = str(tmp_path / name)
+        fields = {"run_dir": run_dir, "kind": kind, "steps": 3, "has_buffers": has_buffers, "golden": golden}
+        jobs.append(finished(launcher("trains", world_size=2, **fields)))
+    for plain, watched in zip(*jobs, strict=True):
+        assert watched.noted("saved") == plain.noted("saved")
+        assert watched.noted("draws") == plain.noted("draws")
+        assert watched.noted("buffers") == plain.noted("buffers")
+    norm = [nn.BatchNorm1d(16)] if has_buffers else []
+    module = nn.Sequential(nn.Linear(8, 16), *norm, nn.Linear(16, 64), nn.Linear(64, 1))
+    assert load_inference(f"{tmp_path / 'watched'}@2", model=module).ngolden == 2

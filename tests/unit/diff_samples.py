@@ -115,7 +115,7 @@ def save_ranks(
         packed = tuple(sorted(tensors, key=lambda tensor: -ITEM_NBITS[tensor.dtype]))
         document = {"entries": empty if documents is None else dict(documents[rank])}
         files = [FilePayload(f"model-{rank}.safetensors", tensors=packed)] if packed else []
-        files.append(FilePayload(f"state-{rank}.json", content=json.dumps(document).encode()))
+        files.append(FilePayload(f"state-{rank}.json", content=json.dumps(document).encode(), is_state=True))
         sealed.append(write_files(storage, checkpoint, files))
     fields = CheckpointFields(
         run_id="00" * 8, reason="test", entries=tuple(entries), topology=Topology(world_size=len(parts))

@@ -26,7 +26,7 @@ def payload(step: int, nfloats: int = 8) -> list[FilePayload]:
         )
         for offset, name in enumerate(["bias", "weight"])
     )
-    return [FilePayload("model.safetensors", tensors=tensors), FilePayload("state.json", content=STATE)]
+    return [FilePayload("model.safetensors", tensors=tensors), FilePayload("state.json", content=STATE, is_state=True)]
 
 
 def create_run(storage: Storage, *, run_id: str = "00" * 8) -> None:

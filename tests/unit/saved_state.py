@@ -69,6 +69,9 @@ class InMemoryReader:
         data = list(self.files.values())[record.file]
         return memoryview(bytearray(data[record.offset : record.offset + record.nbytes]))
 
+    def read_stored(self, entry: str, name: str, rank: int) -> bytes:
+        return next(data for path, data in self.files.items() if path.startswith(entry) and path.endswith(name))
+
     def read_state(self, rank: int = 0) -> Any:
         return parse_json(list(self.files.values())[self.manifest.states[rank]], where="state.json")
 

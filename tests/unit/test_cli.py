@@ -292,15 +292,18 @@ def test_nothing_to_verify_is_not_found(tmp_path: Path) -> None:
 
 # Wrong input
 
+MORE_ARGUMENTS = {"export": ["target.safetensors"]}
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"run", "completion"}))
+
+# What an import or a doctor is given is no run.
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"run", "completion", "import", "doctor"}))
 def test_what_is_no_run_is_told_in_three_lines(tmp_path: Path, capsys: Output, command: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model.ckpt").touch()
     for name, status in (("missing", 10), ("empty", 10), ("other", 10), ("file", 1)):
-        assert run([command, str(tmp_path / name)]) == status
+        assert run([command, str(tmp_path / name), *MORE_ARGUMENTS.get(command, [])]) == status
         output = capsys.readouterr()
         assert output.out == ""
         assert [line.split(":")[0].strip() for line in output.err.splitlines()[1:]] == ["why", "next"]
@@ -385,7 +388,15 @@ main()
 """
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"run", "completion"}))
+@pytest.mark.parametrize("command", ["run", "export", "import"])
+def test_the_help_of_a_command_that_works_with_torch_imports_none(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, command, "--help"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"run", "completion", "export", "import"}))
 def test_no_command_imports_torch(run_dir: Path, command: str) -> None:
     options = ["--print", "--allow-command"] if command == "resume" else []
     for arguments in ([command, "--help"], [command, str(run_dir), *options], [command, "/nowhere"]):

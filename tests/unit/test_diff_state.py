@@ -14,8 +14,10 @@ from diff_samples import by_path, plain, save_in_turn, save_ranks, save_state, s
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, normalizers
 from torch import nn
 
+from ckptmgr import Checkpointer
 from ckptmgr.diff import compare
 from ckptmgr.diff.documents import changes_between_trees, renamed_tree
 from ckptmgr.errors import CorruptCheckpointError
@@ -380,3 +382,23 @@ def test_records_that_contradict_themselves_are_damage(tmp_path: Path) -> None:
         decode_manifest((folder / f"{id.folder}manifest.json").read_bytes(), where="it", checkpoint=id)
         with pytest.raises(CorruptCheckpointError, match="contradicts itself"):
             compare(str(tmp_path / "honest"), str(folder))
+
+
+def test_a_tokenizer_that_has_changed_is_told_by_its_fingerprint_and_by_its_file(tmp_path: Path) -> None:
+    for name, lowercase in (("a", False), ("b", True), ("c", False)):
+        tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+        if lowercase:
+            tokenizer.normalizer = normalizers.Lowercase()
+        with Checkpointer(tmp_path / name, {"model": nn.Linear(1, 1), "preprocessor": tokenizer}) as ckpt:
+            ckpt.resume()
+            ckpt.step(1)
+            ckpt.save()
+    changed = compare(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert [fact.name for fact in changed.facts if fact.about == "code"] == ["fingerprint of preprocessor"]
+    (change,) = [value for value in changed.values if value.path.startswith("preprocessor/")]
+    assert change.path == "preprocessor/state/file"
+    assert change.a.startswith("tokenizer.json (")
+    assert change.a != change.b
+    same = compare(str(tmp_path / "a"), str(tmp_path / "c"))
+    assert not [fact for fact in same.facts if fact.about == "code"]
+    assert not [value for value in same.values if value.path.startswith("preprocessor/")]

@@ -134,7 +134,7 @@ def test_restoring_shows_every_byte_of_what_is_wanted_as_progress(
     storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = b'{"entries":{"model":{"a":{"$tensor":"bias"},"b":{"$tensor":"weight"}}}}'
-    files = [save_payload(8), FilePayload("state.json", content=content)]
+    files = [save_payload(8), FilePayload("state.json", content=content, is_state=True)]
     save(storage, start(storage), 10, files=files)
     shown = Shown()
     monkeypatch.setattr(loading, "progress", shown)

@@ -84,7 +84,7 @@ def stored(whole: torch.Tensor, boxes: list[Box]) -> tuple[WatchedStorage, Manif
         document = {"entries": {} if rank else {"model": {"w": {"$tensor": "w"}}}}
         files = [
             FilePayload(f"model{suffix}.safetensors", (tensor,)),
-            FilePayload(f"state{suffix}.json", content=json.dumps(document).encode()),
+            FilePayload(f"state{suffix}.json", content=json.dumps(document).encode(), is_state=True),
         ]
         parts.append(write_files(storage, ID, files))
     fields = CheckpointFields(

@@ -47,7 +47,7 @@ def save_on_ranks(
         tensors += [tensor("bias", "replicated", rank)] if rank == 0 else []
         files = [
             FilePayload(f"model-{rank}.safetensors", tensors=tuple(tensors)),
-            FilePayload(f"state-{rank}.json", content=state.encode()),
+            FilePayload(f"state-{rank}.json", content=state.encode(), is_state=True),
         ]
         parts.append(write_files(storage, checkpoint, files))
     fields = CheckpointFields(

@@ -22,7 +22,7 @@ from ckptmgr.errors import (
 )
 from ckptmgr.format.layout import CheckpointId
 from ckptmgr.format.manifest import RunMarker
-from ckptmgr.format.record import encode_record
+from ckptmgr.format.record import NEWEST_VERSION, encode_record
 from ckptmgr.launch.requested import requested_run
 from ckptmgr.policy.retention import KeepAll, KeepBest, KeepLast, KeepTagged, RetentionPolicy, Union
 from ckptmgr.run.catalog import Catalog
@@ -259,7 +259,7 @@ def test_one_rank_and_a_world_size_that_no_launcher_set_are_allowed(
 
 
 def test_a_run_of_a_newer_format_is_not_claimed(root: Path) -> None:
-    marker = RunMarker(version=3, run_id="00" * 8, created_at="")
+    marker = RunMarker(version=NEWEST_VERSION + 1, run_id="00" * 8, created_at="")
     (root / "ckptmgr.json").write_bytes(encode_record(marker))
     with pytest.raises(FormatVersionError):
         open_run(root)

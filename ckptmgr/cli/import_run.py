@@ -1,0 +1,61 @@
+"""``ckptmgr import``: a new run from what another tool has saved."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from ckptmgr.cli.arguments import json_option, quiet_option
+from ckptmgr.cli.complete import complete_directory, complete_file
+
+__all__ = ["command"]
+
+
+@click.command(name="import")
+@click.argument("source", metavar="SOURCE", shell_complete=complete_file)
+@click.argument("run_dir", metavar="RUN_DIR", shell_complete=complete_directory)
+@click.option("--key", metavar="KEY", help="Where the state dict stands in the file: state_dict, or ema.model.")
+@click.option("--model", metavar="PKG:FACTORY", help="Builds the model: names the optimizer's parameters exactly.")
+@click.option("--allow", metavar="PKG.CLASS", multiple=True, help="A class that the file may use. Repeatable.")
+@click.option("--weights-only", is_flag=True, help="Take the weights alone.")
+@click.option("--step", type=click.IntRange(min=0), help="Optimizer updates completed, where SOURCE does not say.")
+@quiet_option()
+@json_option()
+def command(
+    source: str,
+    run_dir: str,
+    key: str | None,
+    model: str | None,
+    allow: tuple[str, ...],
+    weights_only: bool,
+    step: int | None,
+    as_json: bool,
+) -> None:
+    """Make a new run of what another tool has saved.
+
+    \b
+    a .ckpt of Lightning                   a Trainer with a CheckpointManager in RUN_DIR goes on from it
+    a file of torch.save                   a state dict, or a dict that holds one
+    safetensors                            a file, or a directory with an index
+    torch.distributed.checkpoint           a directory
+    Accelerate, transformers' Trainer      what save_state and the Trainer write
+    a Hugging Face model directory         with its config and tokenizer files
+
+    Files are read by torch's restricted loader and by safetensors: nothing in them is executed. What a file needs
+    besides tensors and plain values is listed, and loaded only if it is allowed by name. What the file does not hold,
+    or what had to be guessed, is said.
+    """
+    from ckptmgr.interop.import_run import import_run
+
+    imported = import_run(source, run_dir, key=key, model=model, allow=allow, weights_only=weights_only, step=step)
+    if as_json:
+        from ckptmgr.cli.output import print_json
+
+        print_json(dataclasses.asdict(imported))
+        return
+    from ckptmgr.cli.output import note
+
+    print(f"imported {imported.source}, {imported.what}, as {imported.reference}: {', '.join(imported.entries)}")
+    for text in imported.notes:
+        note(f"note: {text}")

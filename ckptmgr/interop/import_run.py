@@ -1,0 +1,180 @@
+"""Import: a new run whose first checkpoint is what another tool has saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ckptmgr.errors import UsageError
+from ckptmgr.interop.contents import Contents
+from ckptmgr.interop.dcp_source import read_dcp
+from ckptmgr.interop.directory_source import read_accelerate, read_model_directory, read_trainer_directory
+from ckptmgr.interop.lightning_source import is_lightning, read_lightning
+from ckptmgr.interop.live_model import LiveModel, build_model
+from ckptmgr.interop.new_run import create_run, open_empty
+from ckptmgr.interop.optimizer_source import name_optimizers
+from ckptmgr.interop.pickled import load_restricted
+from ckptmgr.interop.safetensors_source import load_directory, load_file
+from ckptmgr.interop.source import KINDS, kind_of, open_source
+from ckptmgr.interop.state_dicts import find_state_dict, module_entry
+from ckptmgr.run.environment import recorded_versions
+from ckptmgr.state.optimizer_names import is_numbered
+from ckptmgr.words import printable_place
+
+__all__ = ["ImportedRun", "import_run"]
+
+_LIGHTNING = "a checkpoint of Lightning"
+_STEP_KEYS = ("global_step", "step", "iteration", "iter", "steps")
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedRun:
+    """What an import has made.
+
+    Attributes:
+        reference: Names the checkpoint.
+        source: The name of the file or directory.
+        what: What it was, in words.
+        step: Optimizer updates completed.
+        entries: Names of the entries.
+        notes: What was chosen, guessed or left out.
+    """
+
+    reference: str
+    source: str
+    what: str
+    step: int
+    entries: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def import_run(
+    source: str,
+    run_dir: str,
+    *,
+    key: str | None = None,
+    model: str | None = None,
+    allow: Sequence[str] = (),
+    weights_only: bool = False,
+    step: int | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> ImportedRun:
+    """Make a run of what another tool has saved. Nothing of the source is executed; it is only read.
+
+    A checkpoint of Lightning becomes what a CheckpointManager would have saved: a Trainer with one in this run goes on
+    from there. Anything else becomes the entry ``model``, with ``optimizer`` and ``scheduler`` where the source has
+    them, for ``Checkpointer.restore``.
+
+    Args:
+        source: A file or a directory.
+        run_dir: Path or URL of the new run. Nothing, or an empty directory, may be there.
+        key: Where in the file the state dict stands, with dots between the levels; found by itself if it is the only
+            one.
+        model: ``package.module:factory``. It is imported and called, and names the optimizer's parameters exactly.
+        allow: Classes, by their full names, that the file may use besides tensors and plain values.
+        weights_only: Take the weights alone.
+        step: Optimizer updates completed, where the source does not say.
+        storage_options: For the run; never recorded.
+
+    Raises:
+        UsageError: The source is nothing that can be imported, or the run is there already.
+        CheckpointNotFoundError: There is no source.
+        NotAllowedError: Loading it would run code.
+        CorruptCheckpointError: It is damaged.
+        UnsupportedStateError: It holds a tensor or value that no checkpoint can store.
+        StateMismatchError: The model of ``model`` is another.
+    """
+    place = open_source(source)
+    storage = open_empty(run_dir, storage_options=storage_options)
+    kind = kind_of(place)
+    live = None if model is None else build_model(model)
+    name = place.resolve().name
+    contents, what = _read(place, name, kind, key=key, live=live, allow=allow, weights_only=weights_only)
+    if step is not None:
+        if any(entry.name == "trainer" for entry in contents.entries):
+            raise UsageError("--step does not go with a checkpoint of Lightning", why="it says its step itself")
+        contents = replace(contents, step=step)
+    environment = {
+        **recorded_versions(),
+        "imported-from": name,
+        "imported-kind": what,
+        **{f"source-{tool}": version for tool, version in contents.versions.items()},
+    }
+    manifest = create_run(
+        storage,
+        contents.entries,
+        step=contents.step,
+        epoch=contents.epoch,
+        reason=f"imported from {name}",
+        environment=environment,
+    )
+    return ImportedRun(
+        f"{printable_place(run_dir)}@{manifest.step}",
+        name,
+        what,
+        manifest.step,
+        tuple(entry.name for entry in contents.entries),
+        contents.notes,
+    )
+
+
+def _read(
+    place: Path,
+    name: str,
+    kind: str,
+    *,
+    key: str | None,
+    live: LiveModel | None,
+    allow: Sequence[str],
+    weights_only: bool,
+) -> tuple[Contents, str]:
+    what = KINDS[kind]
+    if key is not None and kind not in ("torch-file", "dcp"):
+        raise UsageError(f"--key does not go with {what}", why="it holds one state dict", next="leave --key out")
+    match kind:
+        case "torch-file":
+            value = load_restricted(place, allow=allow)
+            if key is None and is_lightning(value):
+                return read_lightning(value, name, live=live, weights_only=weights_only), _LIGHTNING
+            return _read_value(value, name, key=key, live=live, weights_only=weights_only), what
+        case "safetensors":
+            return Contents((module_entry(load_file(place)),)), what
+        case "safetensors-directory":
+            return Contents((module_entry(load_directory(place)),)), what
+        case "dcp":
+            found, notes = read_dcp(place, key=key)
+            return Contents((module_entry(found.state),), notes=(*_told(found.key, key), *notes)), what
+        case "huggingface-model":
+            return read_model_directory(place, allow=allow), what
+        case "transformers-trainer":
+            return read_trainer_directory(place, live=live, allow=allow, weights_only=weights_only), what
+    return read_accelerate(place, live=live, allow=allow, weights_only=weights_only), what
+
+
+def _read_value(value: Any, name: str, *, key: str | None, live: LiveModel | None, weights_only: bool) -> Contents:
+    """Read a state dict, or the dict of a training script of somebody's own."""
+    found = find_state_dict(value, key=key, where=name)
+    entries = [module_entry(found.state)]
+    notes = list(_told(found.key, key))
+    step, epoch = 0, None
+    if isinstance(value, Mapping) and found.key is not None:
+        step = next((value[k] for k in _STEP_KEYS if type(value.get(k)) is int and value[k] >= 0), 0)
+        epoch = value["epoch"] if type(value.get("epoch")) is int and value["epoch"] >= 0 else None
+        optimizers = [str(k) for k, item in value.items() if isinstance(item, Mapping) and is_numbered(item)]
+        if optimizers and not weights_only:
+            naming = name_optimizers([value[k] for k in optimizers], found.state, live)
+            entries += naming.entries
+            notes.append(f"optimizer: taken from {', '.join(map(repr, optimizers))}")
+            if naming.note is not None:
+                notes.append(naming.note)
+        taken = {found.key.partition(".")[0], *([] if weights_only else optimizers), *_STEP_KEYS, "epoch"}
+        others = [str(k) for k in value if k not in taken]
+        if others:
+            notes.append(f"not taken: {', '.join(others[:8])}{', …' if len(others) > 8 else ''}")
+    return Contents(tuple(entries), step, epoch, tuple(notes))
+
+
+def _told(found: str | None, asked: str | None) -> list[str]:
+    return [f"model: the state dict at {found!r}, the only one"] if found is not None and asked is None else []

@@ -1,0 +1,221 @@
+"""Files of ``torch.save``, read by torch's restricted loader alone: tensors, plain values, and what the user allows."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ckptmgr.errors import CorruptCheckpointError, NotAllowedError, UsageError
+
+__all__ = ["MAX_NODES", "load_restricted"]
+
+MAX_NODES = 5_000_000
+"""Values in a file beyond which it is taken for one that was made to fill the memory."""
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# A class or function of these can run commands, read files or evaluate code, whatever somebody believes about it.
+_DANGEROUS = _words(
+    "os posix nt posixpath ntpath sys builtins __builtin__ subprocess importlib runpy shutil socket ctypes code codeop"
+    " pickle _pickle cPickle dill cloudpickle joblib marshal pty pdb bdb cProfile profile timeit trace types inspect gc"
+    " operator _operator functools webbrowser urllib http ftplib smtplib requests httpx asyncio multiprocessing"
+    " threading concurrent tempfile fileinput glob io _io zipimport pkgutil pip setuptools commands popen2 platform"
+    " signal logging distutils ensurepip venv idlelib lib2to3 xmlrpc sqlite3 telnetlib imaplib poplib nntplib"
+)
+_DANGEROUS_BELOW = (
+    "torch.hub",
+    "torch.package",
+    "torch.utils",
+    "torch.jit",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.fx",
+)
+# Functions that only put arrays and tensors together.
+_BUILDING_FUNCTIONS = frozenset(
+    f"{module}.{name}"
+    for module in ("numpy._core.multiarray", "numpy.core.multiarray")
+    for name in ("_reconstruct", "scalar")
+)
+
+
+def load_restricted(path: Path, *, allow: Sequence[str] = ()) -> Any:
+    """Load a file onto the CPU. No class or function is imported but those of ``allow``.
+
+    Args:
+        path: The file.
+        allow: Names, such as ``my_package.Config``, that the file may use besides.
+
+    Raises:
+        NotAllowedError: It needs more than that; lists all of it. Or an allowed name is dangerous.
+        CorruptCheckpointError: It is damaged, or was made to fill the memory.
+    """
+    allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(_allowed(name), name) for name in allow]
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        _check_archive(path)
+    if "numpy.dtype" in allow:
+        # Of each dtype NumPy has a class of its own, whose name stands in no file.
+        allowed += [item for item in vars(np.dtypes).values() if isinstance(item, type)]
+    with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+        # torch warns of what its own loader does, for quantized tensors.
+        warnings.simplefilter("ignore")
+        needed = _needed_globals(path) if is_zip else []
+        if needed:
+            raise _not_allowed(path, needed)
+        try:
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=True if is_zip else None)
+        except pickle.UnpicklingError as error:
+            raise _refused(path, error) from error
+        except Exception as error:
+            # Whatever torch meets in a damaged file: EOFError, RuntimeError, KeyError, UnicodeDecodeError …
+            raise _damaged(path, f"{type(error).__name__}: {_first_line(error)}") from error
+    _refuse_overgrown(value, path)
+    return value
+
+
+def _allowed(name: str) -> Any:
+    """Import a name that the user typed."""
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        raise UsageError(f"--allow {name!r} names no module", next="write it in full: --allow package.module.Class")
+    _refuse_dangerous(name, name)
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"--allow {name!r} cannot be imported",
+            why=_first_line(error),
+            next="install the package that defines it, or import on a machine that has it",
+        ) from error
+    # A name may be an alias of something else.
+    home = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
+    _refuse_dangerous(home, name)
+    if not isinstance(found, type) and name not in _BUILDING_FUNCTIONS:
+        raise NotAllowedError(
+            f"--allow {name!r} is refused",
+            why="it is a function, and unpickling would call it with whatever the file says; classes can be allowed",
+            next="load the file with the program that wrote it, and save a plain state dict",
+        )
+    return found
+
+
+def _refuse_dangerous(name: str, typed: str) -> None:
+    if name.partition(".")[0] in _DANGEROUS or name.startswith(_DANGEROUS_BELOW):
+        raise NotAllowedError(
+            f"--allow {typed!r} is refused",
+            why=f"{name.lstrip('.')} can run commands, read files or evaluate code",
+            next="do not load this file; if you wrote it, save a plain state dict from the program that wrote it",
+        )
+
+
+def _needed_globals(path: Path) -> list[str]:
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(os.fspath(path)))
+    except ValueError as error:
+        if "torchscript" in str(error):
+            raise UsageError(
+                f"{path} is a TorchScript archive",
+                why="it holds code beside the weights",
+                next="load it with torch.jit.load, and save its state_dict()",
+            ) from error
+        raise _damaged(path, _first_line(error)) from error
+    except Exception as error:
+        raise _damaged(path, f"{type(error).__name__}: {_first_line(error)}") from error
+
+
+def _not_allowed(path: Path, needed: Sequence[str]) -> NotAllowedError:
+    dangerous = [n for n in needed if n.partition(".")[0] in _DANGEROUS or n.startswith(_DANGEROUS_BELOW)]
+    if dangerous:
+        return NotAllowedError(
+            f"{path} is not loaded: it would run {', '.join(dangerous)}",
+            why="these can run commands, read files or evaluate code; they cannot be allowed",
+            next="do not trust this file",
+        )
+    options = " ".join(f"--allow {name}" for name in needed)
+    return NotAllowedError(
+        f"{path} holds more than tensors and plain values: {', '.join(needed)}",
+        why="unpickling would import and call these; nothing was loaded",
+        next=f"if you know where the file is from: {options}; else save a plain state dict with the program that wrote "
+        "it",
+    )
+
+
+def _refused(path: Path, error: Exception) -> NotAllowedError | CorruptCheckpointError:
+    text = str(error)
+    if "Unsupported operand" in text:
+        return NotAllowedError(
+            f"{path} is a pickle that torch.save has not written",
+            why="it may hold any object, and to load it would run its code; nothing was loaded",
+            next="load it with the program that wrote it, and save its state_dict() with torch.save",
+        )
+    # torch's message is a page of advice, with the reason somewhere in it.
+    lines = [line.strip() for line in text.splitlines() if "GLOBAL" in line or "nsupported" in line]
+    if lines:
+        return NotAllowedError(
+            f"{path} holds more than tensors and plain values",
+            why=lines[0][:300],
+            next="if you know where the file is from, allow what it needs by name: --allow package.Class",
+        )
+    return _damaged(path, text.partition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or _first_line(error))
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive that would unpack to more than it is; torch writes its entries uncompressed."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise _damaged(path, _first_line(error)) from error
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise _damaged(path, "its entries are compressed, which torch.save never does")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise _damaged(path, "its entries overlap")
+
+
+def _refuse_overgrown(value: Any, path: Path) -> None:
+    """Refuse a value that is larger in memory than in its file: the same list in itself a thousand times, and so on."""
+    budget = MAX_NODES
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        budget -= 1
+        if budget < 0:
+            raise _damaged(path, f"it holds more than {MAX_NODES} values: it was made to fill the memory")
+        if isinstance(item, torch.Tensor):
+            _refuse_expanded(item, path)
+        elif isinstance(item, dict):
+            stack.extend(item.keys())
+            stack.extend(item.values())
+        elif isinstance(item, list | tuple | set | frozenset):
+            stack.extend(item)
+
+
+def _refuse_expanded(tensor: torch.Tensor, path: Path) -> None:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        return
+    nbytes = tensor.numel() * tensor.element_size()
+    if nbytes > 2**26 and nbytes > 2 * tensor.untyped_storage().nbytes():
+        raise _damaged(path, f"a tensor of {tuple(tensor.shape)} has {tensor.untyped_storage().nbytes()} bytes only")
+
+
+def _damaged(path: Path, why: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"{path} cannot be read", why=why, next="copy or download it again; `ckptmgr doctor` tells more about it"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,47 @@
+"""Where the code of a module comes from, and a digest of its source: a class that changed since can then be named."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import textwrap
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+__all__ = ["class_sources", "source_digest"]
+
+_LIBRARIES = ("torch", "lightning", "pytorch_lightning", "torchvision", "transformers", "torchmetrics")
+
+
+def source_digest(obj: Any) -> str | None:
+    """Return a digest of the source of a class or function; None where there is none to read.
+
+    Indentation of the whole and white space at the ends of lines do not count. What the source calls is not looked at.
+    """
+    try:
+        source = inspect.getsource(obj)
+    except (OSError, TypeError):
+        return None
+    lines = [line.rstrip() for line in textwrap.dedent(source).strip().splitlines()]
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+_known_digest = cache(source_digest)
+
+
+def class_sources(module: nn.Module) -> dict[str, str | None]:
+    """Return the classes that a module and its parts are made of, those of well-known libraries aside.
+
+    Their versions are in the environment. What a class derives from counts too.
+
+    Returns:
+        ``module.qualified_name`` → digest of its source, 32 hex digits; None where it cannot be read. Sorted.
+    """
+    kinds = {base for part in module.modules() for base in type(part).__mro__}
+    own = [
+        kind for kind in kinds if kind.__module__.partition(".")[0] not in (*_LIBRARIES, "builtins", "abc", "typing")
+    ]
+    found = {f"{kind.__module__}.{kind.__qualname__}": _known_digest(kind) for kind in own}
+    return dict(sorted(found.items()))
