@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TypeAlias
 
 from ckptmgr.diff.documents import ABSENT, ValueChange, renamed_path
 from ckptmgr.diff.records import EntryChange
@@ -13,6 +15,8 @@ from ckptmgr.diff.tensors import Key, WholeTensor
 from ckptmgr.format.manifest import EntryRecord
 
 __all__ = ["EntryPairs", "TensorPair", "pair_entries", "pair_tensors"]
+
+_Resolved: TypeAlias = tuple[Key, WholeTensor | None, WholeTensor | None]
 
 _MODULE, _OPTIMIZER = "module", "optimizer"
 
@@ -120,33 +124,42 @@ def pair_tensors(a: OpenSide, b: OpenSide, entries: EntryPairs) -> tuple[list[Te
     """
     sides = (_by_key(_told(a.tensors, entries.first, {}, entries)), _by_key(_told_second(b, entries)))
     own = [{(entry, name) for entry, name, rank in side if rank is not None} for side in sides]
-    tells_ties = a.manifest is not None and b.manifest is not None
-    found: dict[tuple[int, int, int | None], TensorPair] = {}
-    ties: list[ValueChange] = []
+    resolved: list[_Resolved] = []
+    matched: set[int] = set()
     for key in sides[0] | sides[1]:
         entry, name, rank = key
         first, second = (_like(key, side, ranks) for side, ranks in zip(sides, own, strict=True))
-        if rank is None and (
-            (first is None and (entry, name) in own[0]) or (second is None and (entry, name) in own[1])
-        ):
-            # It is compared rank by rank.
-            continue
-        is_alias = [one is not None and one.name != name for one in (first, second)]
+        # What ranks have for themselves on one side alone is compared rank by rank.
+        is_cut = (first is None and (entry, name) in own[0]) or (second is None and (entry, name) in own[1])
+        if rank is not None or not is_cut:
+            resolved.append((key, first, second))
+        if first is not None and second is not None:
+            matched |= {id(first), id(second)}
+    tells_ties = a.manifest is not None and b.manifest is not None
+    found: dict[tuple[int, int, int | None], tuple[_Resolved, list[str]]] = {}
+    ties: list[ValueChange] = []
+    for key, first, second in resolved:
         if first is None or second is None:
-            lacking = sides[0] if first is None else sides[1]
-            present = first or second
-            if any(is_alias) and present is not None and (entry, present.name, rank) in lacking:
-                if tells_ties:
-                    ties.append(_tie(key, first, second))
-                continue
-        elif tells_ties and is_alias[0] != is_alias[1]:
+            # It may be there by another name.
+            is_tied_otherwise = id(first or second) in matched
+        else:
+            is_tied_otherwise = _is_apart(key, first, second, sides[1]) or _is_apart(key, second, first, sides[0])
+        if is_tied_otherwise and tells_ties:
             ties.append(_tie(key, first, second))
-        identity = (id(first), id(second), rank)
-        known = found.get(identity)
-        found[identity] = (
-            TensorPair(key, first, second) if known is None else replace(known, aliases=(*known.aliases, name))
-        )
-    return list(found.values()), ties
+        if is_tied_otherwise and (first is None or second is None):
+            continue
+        identity = (id(first), id(second), key[2])
+        if identity in found:
+            found[identity][1].append(key[1])
+        else:
+            found[identity] = ((key, first, second), [])
+    return [TensorPair(*pair, tuple(aliases)) for pair, aliases in found.values()], ties
+
+
+def _is_apart(key: Key, tensor: WholeTensor, like: WholeTensor, other: dict[Key, WholeTensor]) -> bool:
+    """Say whether a name of a tensor, and its first name, are two tensors on the other side."""
+    first = other.get((key[0], tensor.name, key[2]))
+    return first is not None and first is not like
 
 
 def _like(key: Key, side: dict[Key, WholeTensor], own: set[tuple[str, str]]) -> WholeTensor | None:
@@ -159,10 +172,11 @@ def _like(key: Key, side: dict[Key, WholeTensor], own: set[tuple[str, str]]) -> 
 
 def _tie(key: Key, a: WholeTensor | None, b: WholeTensor | None) -> ValueChange:
     entry, name, rank = key
-    words = [
-        ABSENT if one is None else f"tied to {one.name}" if one.name != name else "a tensor of its own"
-        for one in (a, b)
-    ]
+    words: list[str] = []
+    for one in (a, b):
+        names = () if one is None else chain((one.name,), one.aliases)
+        tied_to = next((each for each in names if each != name), None)
+        words.append(ABSENT if one is None else f"tied to {tied_to}" if tied_to else "a tensor of its own")
     return ValueChange(f"{entry}/{name}", words[0], words[1], rank)
 
 

@@ -119,8 +119,7 @@ def _before(catalog: Catalog, manifest: Manifest) -> Manifest:
     on_line = catalog.on_line
     if manifest.id not in on_line:
         on_line = [id for id in catalog.committed if id.attempt == manifest.attempt]
-    # Not by id: on a line, a later attempt may have saved an earlier step.
-    older = on_line[: on_line.index(manifest.id)]
+    older = [id for id in on_line if id < manifest.id]
     for id in reversed(older):
         if catalog.why_not_intact(id) is None:
             return catalog.manifest(id)

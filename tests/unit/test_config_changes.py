@@ -59,5 +59,11 @@ def test_a_change_is_one_line_without_secrets(change: Change, text: str) -> None
     assert str(change) == text
 
 
+def test_both_values_are_told_apart_and_without_secrets() -> None:
+    assert Change("a", ABSENT, None).texts == (None, "null")
+    assert Change("a", 0.1, ABSENT).texts == ("0.1", None)
+    assert Change("wandb.api_key", "abcdefgh", "hgfedcba").texts == ("[redacted]", "[redacted]")
+
+
 def test_a_long_value_is_cut() -> None:
     assert len(str(Change("a", "x" * 1000, list(range(1000))))) < 140

@@ -13,6 +13,7 @@ import torch
 from diff_samples import by_path, plain, save_in_turn, save_ranks, save_state, shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers
 from torch import nn
 
@@ -121,6 +122,37 @@ def test_tied_tensors_are_one_and_a_tie_that_came_is_told(tmp_path: Path) -> Non
         module.embed.weight += 1
     changed = compare(tied, save_state(tmp_path / "changed", {"model": module})).changed
     assert [tensor.aliases for tensor in changed] == [("head.weight",)]
+
+
+def tied(folder: Path, name: str, *others: str, apart: tuple[str, ...] = ()) -> str:
+    values = np.arange(4, dtype="<f4")
+    save_ranks(folder, [[plain(name, values, aliases=others), *(plain(each, values) for each in apart)]])
+    return str(folder)
+
+
+def test_which_of_its_names_a_tied_tensor_is_stored_by_is_no_difference(tmp_path: Path) -> None:
+    one, other = tied(tmp_path / "a", "x", "y", "z"), tied(tmp_path / "b", "y", "z", "x")
+    for first, second in ((one, other), (other, one)):
+        diff = compare(first, second)
+        assert (diff.values, [tensor.verdict for tensor in diff.tensors]) == ((), ["equal bits"])
+
+
+def test_ties_that_differ_are_told_once_each(tmp_path: Path) -> None:
+    three = tied(tmp_path / "a", "x", "y", "z")
+    two = tied(tmp_path / "b", "x", "y", apart=("z",))
+    fewer = tied(tmp_path / "c", "y", "z")
+    assert [str(change) for change in compare(three, two).values] == ["model/z: tied to x -> a tensor of its own"]
+    assert [str(change) for change in compare(two, three).values] == ["model/z: a tensor of its own -> tied to x"]
+    assert [str(change) for change in compare(three, fewer).values] == ["model/x: removed, was tied to y"]
+    assert [tensor.verdict for tensor in compare(three, fewer).tensors] == ["equal bits"]
+
+
+def test_a_file_that_holds_a_tied_tensor_by_any_of_its_names_lacks_nothing(tmp_path: Path) -> None:
+    run_dir = tied(tmp_path / "a", "x", "y")
+    for name in ("x", "y"):
+        save_file({name: torch.arange(4.0)}, tmp_path / f"{name}.safetensors")
+        assert compare(run_dir, tmp_path / f"{name}.safetensors").is_same
+        assert compare(tmp_path / f"{name}.safetensors", run_dir).is_same
 
 
 # Ranks

@@ -250,15 +250,15 @@ def peak_mib(*arguments: object) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_large_checkpoints_are_compared_block_by_block(tmp_path: Path, dtype: torch.dtype) -> None:
-    nbytes = 200 << 20
-    big = torch.zeros(nbytes // dtype.itemsize, dtype=dtype)
+def test_large_checkpoints_are_compared_block_by_block(tmp_path: Path) -> None:
+    # What is widened for arithmetic is four times as large.
+    big = torch.zeros(100 << 20, dtype=torch.bfloat16)
     runs = []
     for name in ("a", "b"):
         runs.append(save_state(tmp_path / name, {"extra": {"big": big}}))
         big[-1] = 1
     save_file({"x": torch.ones(3)}, tmp_path / "small.safetensors")
+    # Of 200 MiB on each side.
     assert peak_mib(tmp_path / "small.safetensors", *runs) < 80
     files = [next(Path(run_dir).glob("checkpoints/*/extra.safetensors")) for run_dir in runs]
     assert peak_mib(tmp_path / "small.safetensors", *files) < 40
