@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ckptmgr.errors import CkptmgrError, NotAllowedError, StateMismatchError, UsageError
+from ckptmgr.errors import CkptmgrError, GoldenMismatchError, NotAllowedError, StateMismatchError, UsageError
 from ckptmgr.experiment.rebuild import rebuild
 from ckptmgr.golden.compare import compare_golden, refuse_differences
 from ckptmgr.golden.record import HANDLER as GOLDEN
@@ -27,18 +27,22 @@ from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
 from ckptmgr.preprocess.differing_token import first_differing_token
 from ckptmgr.preprocess.handler import PreprocessorHandler
 from ckptmgr.preprocess.kinds import build_preprocessor
+from ckptmgr.resume_drift import drift_since
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.reference import Reference, parse_reference
 from ckptmgr.state.capture import restore_state
 from ckptmgr.state.entry import CapturedEntry
 from ckptmgr.state.names import ParameterNames, unwrapped_module
+from ckptmgr.state.sources import class_sources
 from ckptmgr.storage.open import open_storage
+from ckptmgr.storage.protocol import Storage
 
 __all__ = ["Inference", "load_inference"]
 
 _log = logging.getLogger("ckptmgr")
 
 PREPROCESSOR = PreprocessorHandler.name
+_SHOWN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +114,8 @@ def load_inference(
     loaded = _load(meant, catalog, storage_options)
     built = partial(rebuild, catalog, loaded.manifest.attempt, allowed)
     module = _model(model, loaded, built)
-    _restore(module, loaded)
+    with _drift_told(catalog.storage, loaded, module):
+        _restore(module, loaded)
     module.eval()
     entries = {entry.handler: entry for entry in loaded.entries.values()}
     samples = entries[GOLDEN].tree if GOLDEN in entries else None
@@ -125,11 +130,26 @@ def load_inference(
     ngolden = None
     if golden and samples is not None:
         ngolden = len(samples["samples"])
-        refuse_differences(compare_golden(samples, chain), reference=loaded.reference, nsamples=ngolden)
+        with _drift_told(catalog.storage, loaded, module):
+            refuse_differences(compare_golden(samples, chain), reference=loaded.reference, nsamples=ngolden)
         _log.info("%s: %d golden samples give what they gave", loaded.reference, ngolden)
     elif golden:
         _log.warning("%s has no golden samples: nothing proves that it predicts as it did", loaded.reference)
     return Inference(module, chosen, loaded.reference, loaded.manifest.step, ngolden, chain)
+
+
+@contextmanager
+def _drift_told(storage: Storage, loaded: LoadedCheckpoint, module: nn.Module) -> Iterator[None]:
+    """Say beside a failure what is not as it was at the save, and may be its cause."""
+    try:
+        yield
+    except (StateMismatchError, GoldenMismatchError) as error:
+        drifts = [drift for drift in drift_since(storage, loaded, class_sources(module)) if drift.grade != "info"]
+        if not drifts:
+            raise
+        since = "; ".join(f"{drift} ({drift.why})" for drift in drifts[:_SHOWN])
+        why = f"{error.why}\n        not as it was then: {since}"
+        raise type(error)(error.what, why=why, next=error.next) from error
 
 
 def _load(meant: Reference, catalog: Catalog, storage_options: Mapping[str, Any] | None) -> LoadedCheckpoint:

@@ -67,14 +67,14 @@ def command(
     from ckptmgr.diagnose.diagnosis import diagnose
 
     artifact = _look(place)
-    live = None
+    live, building = None, tuple[str, ...]()
     if model is not None:
-        live = _live(model, model_args)
+        live, building = _live(model, model_args)
     elif against is not None:
         live = _look(against).tensors
         if live is None:
             raise UsageError(f"the tensors of {against} cannot be listed", next=f"ckptmgr doctor {against}")
-    diagnosis = diagnose(place, lambda _: artifact, live=live, against=model or against)
+    diagnosis = diagnose(place, lambda _: artifact, live=live, against=model or against, building=building)
     if as_json:
         from ckptmgr.cli.doctor_json import as_document
 
@@ -96,9 +96,11 @@ def _look(place: str) -> Artifact:
     return artifact
 
 
-def _live(model: str, model_args: Sequence[str]) -> Sequence[TensorFacts]:
-    from ckptmgr.diagnose.live_model import model_arguments, model_facts
+def _live(model: str, model_args: Sequence[str]) -> tuple[tuple[TensorFacts, ...], tuple[str, ...]]:
+    from ckptmgr.diagnose.live_model import building_lines, model_arguments, model_facts
+
+    arguments = model_arguments(model_args)
 
     # What the user's code prints is no part of the answer.
     with contextlib.redirect_stdout(sys.stderr):
-        return model_facts(model, model_arguments(model_args))
+        return model_facts(model, arguments), building_lines(model, arguments)

@@ -42,6 +42,7 @@ def as_document(diagnosis: Diagnosis) -> dict[str, Any]:
     if diagnosis.difference is not None:
         document["difference"] = _difference(diagnosis.difference)
         document["code"] = list(diagnosis.code())
+        document["reference"] = diagnosis.reference
         document["selection"] = diagnosis.selection
     return document
 

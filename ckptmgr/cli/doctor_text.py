@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from ckptmgr.cli.output import format_nbytes, print_pairs
 from ckptmgr.cli.printable import printable
@@ -18,12 +18,7 @@ _SHOWN = 10
 _SHOWN_PROPOSALS = 30
 _SHOWN_CODE = 60
 _MAX_LINE = 2_000
-_VERDICTS = ("dangerous", "code", "plain")
-_WORDS = {
-    "dangerous": "DANGEROUS",
-    "code": "code",
-    "plain": "plain",
-}
+_VERDICTS = {"dangerous": "DANGEROUS", "code": "code"}
 
 
 def print_diagnosis(diagnosis: Diagnosis) -> None:
@@ -49,12 +44,13 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     if any(drift.grade != "info" for drift in diagnosis.drifts):
         title += ", the likeliest cause of a failure first"
     _section(title, drift_lines(diagnosis.drifts))
-    _section("next", artifact.advice)
+    _section("next", _advice(diagnosis))
 
 
 def _print_difference(diagnosis: Diagnosis, difference: Difference) -> None:
+    other = diagnosis.against
     if difference.fits:
-        _section(f"compared with {diagnosis.against}", [f"it fits: {len(difference.matched)} tensors"])
+        _section(f"compared with {other}", [f"it fits: {len(difference.matched)} tensors"])
         return
     counts = {
         "the same": difference.matched,
@@ -64,19 +60,19 @@ def _print_difference(diagnosis: Diagnosis, difference: Difference) -> None:
         "of another dtype": difference.dtype,
     }
     summary = ", ".join(f"{len(items)} {words}" for words, items in counts.items() if items)
-    _section(f"compared with {diagnosis.against}", [f"it does not fit: {summary}"])
-    _section("missing: in the model, not in the file", [_told(it) for it in difference.missing])
-    _section("unexpected: in the file, not in the model", [_told(it) for it in difference.unexpected])
-    both = [(it.name, it.saved.shape, it.live.shape) for it in difference.shape]
-    _section("of another shape", [f"{name}: {saved} in the file, {live} in the model" for name, saved, live in both])
-    kinds = [(it.name, it.saved.dtype, it.live.dtype) for it in difference.dtype]
-    _section("of another dtype", [f"{name}: {saved} in the file, {live} in the model" for name, saved, live in kinds])
+    _section(f"compared with {other}", [f"it does not fit: {summary}"])
+    _section(f"missing: in {other}, not in the file", [_told(it) for it in difference.missing])
+    _section(f"unexpected: in the file, not in {other}", [_told(it) for it in difference.unexpected])
+    shapes = [f"{it.name}: {it.saved.shape} in the file, {it.live.shape} in {other}" for it in difference.shape]
+    _section("of another shape", shapes)
+    dtypes = [f"{it.name}: {it.saved.dtype} in the file, {it.live.dtype} in {other}" for it in difference.dtype]
+    _section("of another dtype", dtypes)
     _section("proposals", list(_proposals(difference.proposals)), shown=_SHOWN_PROPOSALS)
-    code = diagnosis.code()
     if diagnosis.selection is not None:
-        _section("applied together, with a checkpoint of ckptmgr", [f"selection={diagnosis.selection}"])
-    elif code:
-        _section("applied together, those that are unknown left out", code, shown=_SHOWN_CODE)
+        line = f"checkpointer.restore({diagnosis.reference!r}, selection={diagnosis.selection})"
+        _section("applied together, those that are unknown left out", ["from ckptmgr import Selection", line])
+    else:
+        _section("applied together, those that are unknown left out", diagnosis.code(), shown=_SHOWN_CODE)
     left = [
         f"{words}: {', '.join(names[:_SHOWN])}{_more(names)}"
         for words, names in (
@@ -86,21 +82,35 @@ def _print_difference(diagnosis: Diagnosis, difference: Difference) -> None:
         )
         if names
     ]
-    _section("and then", left or ["nothing is left: it fits"] if difference.proposals else left)
+    if difference.proposals or left:
+        _section("and then", left or ["nothing is left: it fits"])
 
 
-def _proposals(proposals: Sequence[Proposal]) -> Iterator[str]:
+def _advice(diagnosis: Diagnosis) -> Sequence[str]:
+    difference = diagnosis.difference
+    if difference is None or difference.fits:
+        return diagnosis.artifact.advice
+    # As it is, it does not load: what would load it stands above.
+    return [line for line in diagnosis.artifact.advice if "load_state_dict(" not in line]
+
+
+def _proposals(proposals: Sequence[Proposal]) -> Iterator[tuple[str, ...]]:
     for proposal in proposals:
-        lines = [f"{proposal.certainty}: {proposal.summary}", f"because {proposal.reason}"]
+        lines = [f"{proposal.certainty}: {proposal.summary}", f"  because {proposal.reason}"]
         for candidate in proposal.candidates:
-            lines.append(f"maybe: {candidate.summary}")
-            lines += [f"    {line}" for line in candidate.code]
-        yield "\n      ".join(lines)
+            lines.append(f"  maybe: {candidate.summary}")
+            lines += [f"      {line}" for line in candidate.code]
+        yield tuple(lines)
 
 
-def _globals(uses: Iterable[GlobalUse]) -> Iterator[str]:
-    for use in sorted(uses, key=lambda use: _VERDICTS.index(use.verdict)):
-        yield f"{_WORDS[use.verdict]}: {use.name}" + (f" ({use.found})" if use.found else "")
+def _globals(uses: Sequence[GlobalUse]) -> Iterator[str]:
+    for verdict, word in _VERDICTS.items():
+        for use in uses:
+            if use.verdict == verdict:
+                yield f"{word}: {use.name}" + (f" ({use.found})" if use.found else "")
+    nplain = sum(use.verdict == "plain" for use in uses)
+    if nplain:
+        yield f"{nplain} plain ones, which torch.load takes with weights_only=True"
 
 
 def _tensors(artifact: Artifact) -> str:
@@ -119,13 +129,14 @@ def _more(names: Sequence[str]) -> str:
     return f" … and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
 
 
-def _section(title: str, lines: Sequence[str], *, shown: int = _SHOWN) -> None:
-    """Print a heading and its lines; nothing where there are none."""
-    if not lines:
+def _section(title: str, items: Sequence[str | tuple[str, ...]], *, shown: int = _SHOWN) -> None:
+    """Print a heading and what stands below it, each in one line or in several; nothing where there is nothing."""
+    if not items:
         return
     print(f"\n{printable(title)}:")
-    for line in lines[:shown]:
-        text = line if len(line) <= _MAX_LINE else f"{line[:_MAX_LINE]} … (--json has all of it)"
-        print("    " + printable(text, keep="\n"))
-    if len(lines) > shown:
-        print(f"    … and {len(lines) - shown} more (--json lists all)")
+    for item in items[:shown]:
+        for line in (item,) if isinstance(item, str) else item:
+            text = line if len(line) <= _MAX_LINE else f"{line[:_MAX_LINE]} … (--json has all of it)"
+            print("    " + printable(text))
+    if len(items) > shown:
+        print(f"    … and {len(items) - shown} more (--json lists all)")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import click
 
 from ckptmgr.cli.arguments import OpenRun, json_option, open_run, quiet_option, run_dir_argument
-from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError, FormatVersionError
+from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError, FormatVersionError, UsageError
 from ckptmgr.format.layout import ATTEMPTS, RUN_MARKER, CheckpointId
 from ckptmgr.progress import progress
 from ckptmgr.run.verify import Damage, verify_checkpoint
@@ -31,13 +31,26 @@ class _Verdict:
 
 @click.command(name="verify")
 @run_dir_argument("RUN_DIR[@REF]")
+@click.option("--golden", is_flag=True, help="Also run the golden samples of the checkpoint again.")
+@click.option("--model", metavar="MODULE:NAME", help="For --golden: a class or function that builds the model.")
+@click.option("--model-arg", "model_args", metavar="NAME=VALUE", multiple=True, help="An argument for the model.")
+@click.option("--allow", multiple=True, metavar="PATTERN", help="For --golden: code that the checkpoint may name.")
 @quiet_option()
 @json_option()
-def command(reference: str, as_json: bool) -> None:
+def command(
+    reference: str, golden: bool, model: str | None, model_args: Sequence[str], allow: Sequence[str], as_json: bool
+) -> None:
     """Recompute every digest of a checkpoint (RUN_DIR@REF), or of a whole run (RUN_DIR).
 
-    Exits with 12 if something is damaged. Changes nothing.
+    With --golden, preprocessing and model of the checkpoint (RUN_DIR: the newest one) are built and run on its golden
+    samples: by the run's configuration, or by --model, which is imported, from the current directory too.
+
+    Exits with 12 if something is damaged, with 1 if a golden sample no longer gives what it gave. Changes nothing.
     """
+    if not golden and (model is not None or model_args or allow):
+        raise UsageError("--model and --allow were given without --golden", why="digests need no model")
+    if model_args and model is None:
+        raise UsageError("--model-arg was given without --model", why="it is an argument for the model")
     run = open_run(reference)
     chosen = _chosen(run)
     verdicts = [_verify(run, id, f"{position} of {len(chosen)}") for position, id in enumerate(chosen, start=1)]
@@ -51,6 +64,28 @@ def command(reference: str, as_json: bool) -> None:
     for verdict in verdicts:
         if verdict.unreadable is not None:
             raise verdict.unreadable
+    if golden:
+        _check_golden(run, model, model_args, allow)
+
+
+def _check_golden(run: OpenRun, model: str | None, model_args: Sequence[str], allow: Sequence[str]) -> None:
+    from functools import partial
+
+    from ckptmgr.cli.output import note
+    from ckptmgr.diagnose.live_model import model_arguments, named_object
+    from ckptmgr.inference import load_inference
+
+    factory = None if model is None else named_object(model)
+    if factory is not None and model_args:
+        factory = partial(factory, **model_arguments(model_args))
+    loaded = load_inference(f"{run.run_dir}@{run.selector or 'latest'}", model=factory, allow=allow)
+    if loaded.ngolden is None:
+        raise CheckpointNotFoundError(
+            f"{loaded.reference} has no golden samples",
+            why="none were given to the manager that saved it",
+            next="CheckpointManager(..., golden=[raw input, ...]), or Checkpointer(..., golden=[...])",
+        )
+    note(f"{loaded.ngolden} golden samples give what they gave")
 
 
 def _chosen(run: OpenRun) -> list[CheckpointId]:

@@ -12,6 +12,7 @@ from ckptmgr.diagnose.global_uses import global_uses
 from ckptmgr.diagnose.hdf5_file import keras_version_notes, read_hdf5
 from ckptmgr.diagnose.installed import compared, installed_version
 from ckptmgr.diagnose.pickle_calls import numpy_dtype
+from ckptmgr.diagnose.pickle_facts import PickleFacts
 from ckptmgr.diagnose.pickle_machine import describe_pickle
 from ckptmgr.diagnose.plain_words import clean, plural
 from ckptmgr.diagnose.small_json import bounded_json
@@ -136,7 +137,7 @@ def _npz(source: ByteSource, place: str, archive: Archive) -> Artifact:
     tensors: list[TensorFacts] = []
     problems = list(archive.problems)
     found: dict[tuple[str, str], str] = {}
-    has_objects = False
+    has_objects, is_ambiguous = False, False
     for name, record in list(archive.records.items())[:_MAX_ARRAYS]:
         try:
             content = record_source(source, record)
@@ -150,17 +151,19 @@ def _npz(source: ByteSource, place: str, archive: Archive) -> Artifact:
             tensors.append(fact)
             if fact.dtype == "object":
                 has_objects = True
-                found = {**found, **describe_pickle(content, start=start).globals}
-    return _arrays(source, place, "numpy-npz", tensors, problems, found, has_objects=has_objects)
+                facts = describe_pickle(content, start=start)
+                found = {**found, **facts.globals}
+                is_ambiguous = is_ambiguous or facts.is_ambiguous
+    return _arrays(source, place, "numpy-npz", tensors, problems, found, has_objects, is_ambiguous)
 
 
 def npy_file(source: ByteSource, place: str) -> Artifact:
     """Describe a file of one NumPy array."""
     fact, start, problem = _npy(source, "array")
     has_objects = fact is not None and fact.dtype == "object"
-    found = describe_pickle(source, start=start).globals if has_objects else {}
+    facts = describe_pickle(source, start=start) if has_objects else PickleFacts()
     tensors, problems = [fact] if fact is not None else [], [problem] if problem else []
-    return _arrays(source, place, "numpy-npy", tensors, problems, found, has_objects=has_objects)
+    return _arrays(source, place, "numpy-npy", tensors, problems, facts.globals, has_objects, facts.is_ambiguous)
 
 
 def _arrays(
@@ -170,13 +173,13 @@ def _arrays(
     tensors: list[TensorFacts],
     problems: list[str],
     found: Mapping[tuple[str, str], str],
-    *,
     has_objects: bool,
+    is_ambiguous: bool,
 ) -> Artifact:
     uses = global_uses(found)
     if has_objects:
         problems.append("it holds Python objects as a pickle: numpy.load reads them with allow_pickle=True alone")
-    if any(use.verdict == "dangerous" for use in uses):
+    if is_ambiguous or any(use.verdict == "dangerous" for use in uses):
         problems.insert(0, "unpickling it would run code: do not load it with allow_pickle=True")
     return Artifact(
         place=place,

@@ -15,6 +15,7 @@ from ckptmgr.storage.redact import Redactor, printable_url
 __all__ = ["ByteSource", "Bytes", "LocalFile", "Part", "RemoteFile", "Window", "remote_failure"]
 
 _CHUNK_NBYTES = 1 << 18
+_MAX_CHUNKS = 16
 
 
 class ByteSource(Protocol):
@@ -130,7 +131,7 @@ def remote_failure(url: str, cause: BaseException, redact: Callable[[str], str])
 
 
 class RemoteFile:
-    """A file behind an fsspec URL; each read is one ranged request.
+    """A file behind an fsspec URL, read by ranged requests; the last chunks are kept.
 
     Attributes:
         is_file: Whether it is one, and no directory.
@@ -147,6 +148,7 @@ class RemoteFile:
         options = dict(storage_options or {})
         self._redact = Redactor(url, options)
         self._url = url
+        self._chunks: dict[int, bytes] = {}
         self._fs, self._path = open_filesystem(url, printable_url(url), options)
         try:
             info = self._fs.info(self._path)
@@ -161,6 +163,23 @@ class RemoteFile:
         stop = min(self.nbytes, start + nbytes)
         if stop <= start:
             return b""
+        if stop - start > _CHUNK_NBYTES:
+            return self._fetch(start, stop)
+        first, last = start // _CHUNK_NBYTES, (stop - 1) // _CHUNK_NBYTES
+        data = b"".join(self._chunk(number) for number in range(first, last + 1))
+        return data[start - first * _CHUNK_NBYTES : stop - first * _CHUNK_NBYTES]
+
+    def _chunk(self, number: int) -> bytes:
+        # Many small reads lie near each other: headers, names, versions.
+        if number not in self._chunks:
+            start = number * _CHUNK_NBYTES
+            fetched = self._fetch(start, min(self.nbytes, start + _CHUNK_NBYTES))
+            if len(self._chunks) >= _MAX_CHUNKS:
+                self._chunks.pop(next(iter(self._chunks)))
+            self._chunks[number] = fetched
+        return self._chunks[number]
+
+    def _fetch(self, start: int, stop: int) -> bytes:
         try:
             return bytes(self._fs.cat_file(self._path, start=start, end=stop))
         except Exception as cause:

@@ -116,6 +116,7 @@ def dcp_directory(folder: Folder, prefix: str = "", *, title: str | None = None)
     if any(use.verdict == "dangerous" for use in uses):
         names = listed([use.name for use in uses if use.verdict == "dangerous"])
         problems.insert(0, f"unpickling its .metadata would run {names}: do not load it")
+    is_dangerous = facts.is_ambiguous or any(use.verdict == "dangerous" for use in uses)
     is_lightning = "meta.pt" in folder.files and not prefix
     nfiles = sum(name.endswith(".distcp") for name in folder.files)
     what = title or (
@@ -125,7 +126,7 @@ def dcp_directory(folder: Folder, prefix: str = "", *, title: str | None = None)
     typed = shlex.quote(place)
     advice = [] if problems else [f"ckptmgr import {typed} RUN_DIR"]
     advice.append(f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {typed} all.pt")
-    if any(use.verdict == "dangerous" for use in uses):
+    if is_dangerous:
         advice = ["get it again from where it comes from"]
     return Artifact(
         place=folder.place,

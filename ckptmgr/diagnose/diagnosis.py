@@ -25,7 +25,9 @@ Look: TypeAlias = Callable[[str], Artifact]
 
 _RUN_KINDS = ("run", "run-checkpoint")
 _DAMAGED_KINDS = ("torch-truncated", "zip-truncated", "empty", "zeros")
-_DAMAGED = re.compile(r"\b(truncated|damaged|cut off|not intact)\b|missing: ")
+_DAMAGED = re.compile(
+    r"\b(truncated|damaged|cut off|not intact)\b|\b(shard is|shards are|files of it are|records of tensors are) missing"
+)
 _LIGHTNINGS = ("lightning", "pytorch-lightning")
 
 
@@ -39,7 +41,8 @@ class Diagnosis:
         against: What it was compared with, as it was named.
         uncomparable: Why it could not be compared, where one was asked for.
         drifts: What is not as it was when it was written, the likeliest cause of a failure first.
-        reading: Lines of Python that give ``state``, the tensors by name, where that is possible.
+        reading: Lines of Python that give ``state``, the tensors by name, and ``model``, as far as that is known.
+        reference: Of the checkpoint of ours that it was compared with; None for anything else.
         selection: A `Selection` that applies all proposals to a checkpoint of ours; None where that is not possible.
         is_damaged: Bytes of it are missing, or not those that were written.
     """
@@ -50,6 +53,7 @@ class Diagnosis:
     uncomparable: str | None = None
     drifts: tuple[Drift, ...] = ()
     reading: tuple[str, ...] = ()
+    reference: str | None = None
     selection: str | None = None
     is_damaged: bool = False
 
@@ -63,11 +67,20 @@ class Diagnosis:
     def code(self) -> tuple[str, ...]:
         """Return the lines that read the tensors, apply all proposals that are not unknown, and load the result."""
         lines = self.difference.code() if self.difference is not None else ()
-        return (*self.reading, *lines) if lines else ()
+        if not lines:
+            return ()
+        every = (*self.reading, *lines)
+        imports = dict.fromkeys(line for line in every if line.startswith(("import ", "from ")))
+        return (*imports, *(line for line in every if line not in imports))
 
 
 def diagnose(
-    place: str, look: Look, *, live: Sequence[TensorFacts] | None = None, against: str | None = None
+    place: str,
+    look: Look,
+    *,
+    live: Sequence[TensorFacts] | None = None,
+    against: str | None = None,
+    building: Sequence[str] = (),
 ) -> Diagnosis:
     """Look at a file or directory, and compare it with a model where there is one. Nothing of it is executed.
 
@@ -76,6 +89,7 @@ def diagnose(
         look: Recognises it.
         live: The tensors that a model has.
         against: What they are of, as the user named it.
+        building: Lines of Python that give ``model``.
 
     Raises:
         CheckpointNotFoundError, StorageError: As ``look``.
@@ -95,7 +109,8 @@ def diagnose(
         against=against,
         uncomparable=uncomparable,
         drifts=tuple(_drifts(artifact, recorded)),
-        reading=() if is_run else _reading(place, artifact),
+        reading=(*_reading(place, artifact), *building),
+        reference=recorded[2] if recorded is not None else None,
         selection=_selection(difference, recorded[1]) if difference is not None and recorded is not None else None,
         is_damaged=_is_damaged(artifact),
     )
@@ -105,7 +120,7 @@ def _is_damaged(artifact: Artifact) -> bool:
     return artifact.kind in _DAMAGED_KINDS or any(_DAMAGED.search(problem) for problem in artifact.problems)
 
 
-def _recorded(place: str, artifact: Artifact) -> tuple[Catalog, Manifest] | None:
+def _recorded(place: str, artifact: Artifact) -> tuple[Catalog, Manifest, str] | None:
     checkpoint = artifact.details.get("checkpoint")
     if not isinstance(checkpoint, str):
         return None
@@ -114,13 +129,14 @@ def _recorded(place: str, artifact: Artifact) -> tuple[Catalog, Manifest] | None
         if f"/checkpoints/{checkpoint}" in run_dir:
             run_dir = run_dir.partition(f"/checkpoints/{checkpoint}")[0]
         catalog = Catalog(open_storage(run_dir))
-        return catalog, catalog.resolve(checkpoint)
+        selector = "latest" if artifact.kind == "run" else checkpoint
+        return catalog, catalog.resolve(checkpoint), f"{run_dir}@{selector}"
     except CkptmgrError:
         # What is wrong with it stands among the problems of the artifact.
         return None
 
 
-def _drifts(artifact: Artifact, found: tuple[Catalog, Manifest] | None) -> list[Drift]:
+def _drifts(artifact: Artifact, found: tuple[Catalog, Manifest, str] | None) -> list[Drift]:
     if found is not None:
         return grade(environment_then(found[0].storage, found[1]), environment_now())
     now = recorded_versions()
@@ -152,4 +168,6 @@ def _reading(place: str, artifact: Artifact) -> tuple[str, ...]:
             "import torch",
             f'state = torch.load({place!r}, map_location="cpu", weights_only=True){part}',
         )
+    if artifact.kind in _RUN_KINDS:
+        return ("state = ...  # the model's tensors by name, as `ckptmgr export` writes them",)
     return ("state = ...  # the tensors of the file by name",)

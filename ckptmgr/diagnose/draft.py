@@ -31,7 +31,7 @@ class Draft:
         live: The model's, by name.
         origin: Name in ``current`` → the names that it had in the file.
         proposals: Those that were made.
-        is_in_order: Whether the file lists its tensors in an order of its own: a sorted one tells nothing.
+        is_in_order: Whether both list their tensors in an order of their own: a sorted one tells nothing.
     """
 
     def __init__(self, saved: Iterable[TensorFacts], live: Iterable[TensorFacts]) -> None:
@@ -39,8 +39,8 @@ class Draft:
         self.live = {tensor.name: tensor for tensor in live}
         self.origin: dict[str, tuple[str, ...]] = {name: (name,) for name in self.current}
         self.proposals: list[Proposal] = []
-        names = list(self.current)
-        self.is_in_order = names != sorted(names)
+        orders = list(self.current), list(self.live)
+        self.is_in_order = all(names != sorted(names) for names in orders)
 
     def missing(self) -> list[TensorFacts]:
         """Return what the model has and nothing is there for, as far as anything can be proposed for it."""

@@ -12,11 +12,14 @@ from ckptmgr.diagnose.archives import NPY_MAGIC, npy_file, tar_members, zip_file
 from ckptmgr.diagnose.artifact import Artifact
 from ckptmgr.diagnose.byte_source import Bytes, ByteSource
 from ckptmgr.diagnose.gguf_file import gguf_file
+from ckptmgr.diagnose.global_uses import global_uses
 from ckptmgr.diagnose.hdf5_file import HDF5_MAGIC, hdf5_file
 from ckptmgr.diagnose.msgpack_file import msgpack_file
 from ckptmgr.diagnose.onnx_file import onnx_artifact, read_onnx
+from ckptmgr.diagnose.pickle_facts import PickleLimits
 from ckptmgr.diagnose.pickle_file import looks_like_a_pickle, pickle_file, torch_tar
-from ckptmgr.diagnose.plain_words import clean, plural
+from ckptmgr.diagnose.pickle_machine import describe_pickle
+from ckptmgr.diagnose.plain_words import clean, listed, plural
 from ckptmgr.diagnose.protobuf import BadProtobufError
 from ckptmgr.diagnose.safetensors_file import looks_like_safetensors, safetensors_file
 from ckptmgr.diagnose.small_signs import empty_file, packed_file, pointer_or_page, text_file, unknown, zeros
@@ -33,6 +36,7 @@ __all__ = ["sniff_source"]
 
 _HEAD_NBYTES = 65536
 _MAX_INFLATED_NBYTES = 32 << 20
+_HIDDEN: Final = PickleLimits(200_000, 100_000, 50_000, 4 << 20, 1000)
 _INFLATED: Final = ("gzip", "zlib", "bzip2", "xz")
 
 
@@ -53,12 +57,27 @@ def sniff_source(source: ByteSource, place: str, *, is_sparse: bool, check_nbyte
     head = source.read(0, _HEAD_NBYTES)
     if not head.strip(b"\0") and (found := zeros(source, place, is_sparse=is_sparse, check_nbytes=check_nbytes)):
         return found
-    return (
+    found = (
         _by_magic(source, place, head, check_nbytes)
         or pointer_or_page(source, place, head)
         or _by_content(source, place, head)
         or unknown(source, place, head)
     )
+    return found if "container" in found.details else _with_hidden_pickle(source, head, found)
+
+
+def _with_hidden_pickle(source: ByteSource, head: bytes, found: Artifact) -> Artifact:
+    """Tell what a file would run that is not meant as a pickle, but can be read as one."""
+    # `P`, with which a zip archive begins, asks for an object outside of the pickle, which ends it.
+    if not looks_like_a_pickle(head) or head.startswith(b"P"):
+        return found
+    facts = describe_pickle(source, limits=_HIDDEN)
+    uses = tuple(use for use in global_uses(facts.globals) if use.verdict == "dangerous")
+    if not uses and not facts.is_ambiguous:
+        return found
+    names = listed([use.name for use in uses]) or "what cannot be told"
+    problem = f"read as a pickle, it would run {names}: do not load it"
+    return dataclasses.replace(found, globals=(*uses, *found.globals), problems=(problem, *found.problems))
 
 
 def _by_magic(source: ByteSource, place: str, head: bytes, check_nbytes: int) -> Artifact | None:
@@ -66,7 +85,7 @@ def _by_magic(source: ByteSource, place: str, head: bytes, check_nbytes: int) ->
         return _zip(source, place, check_nbytes)
     if head.startswith(b"GGUF"):
         return gguf_file(source, place)
-    if any(source.read(start, 8) == HDF5_MAGIC for start in (0, 512, 1024, 2048)):
+    if any(head[start : start + 8] == HDF5_MAGIC for start in (0, 512, 1024, 2048)):
         return hdf5_file(source, place)
     if head.startswith(NPY_MAGIC):
         return npy_file(source, place)

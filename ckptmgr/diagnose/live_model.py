@@ -18,7 +18,7 @@ from typing import Any
 from ckptmgr.diagnose.artifact import TensorFacts
 from ckptmgr.errors import CkptmgrError, UsageError
 
-__all__ = ["build_model", "facts_of_module", "model_arguments", "model_facts"]
+__all__ = ["build_model", "building_lines", "facts_of_module", "model_arguments", "model_facts", "named_object"]
 
 _EXAMPLE = "--model my_pkg.models:Net, or --model my_pkg.models:build with --model-arg width=8"
 _ONLY_BUILD = "name what builds the model, and nothing else"
@@ -47,7 +47,7 @@ def build_model(factory: str, arguments: Mapping[str, Any] | None = None) -> Any
     import torch
     from torch import nn
 
-    target = _found(factory)
+    target = named_object(factory)
     if isinstance(target, nn.Module):
         if arguments:
             raise UsageError(f"{factory!r} is a module already", why="arguments are for a class or a function")
@@ -116,6 +116,21 @@ def facts_of_module(module: Any) -> tuple[TensorFacts, ...]:
     return tuple(facts)
 
 
+def building_lines(factory: str, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the lines of Python that build a model as `model_facts` does.
+
+    Example:
+        >>> building_lines("torch.nn:Linear", {"in_features": 2, "out_features": 3})
+        ('import torch.nn', 'model = torch.nn.Linear(in_features=2, out_features=3)')
+    """
+    from torch import nn
+
+    place, _, name = factory.partition(":")
+    given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    call = "" if isinstance(_found(factory), nn.Module) else f"({given})"
+    return (f"import {place}", f"model = {place}.{name}{call}")
+
+
 def model_arguments(given: Sequence[str]) -> dict[str, Any]:
     """Return keyword arguments from ``name=value`` or from whole JSON objects; a value that is JSON is read as such.
 
@@ -151,7 +166,12 @@ def _json(text: str) -> Any:
         return text
 
 
-def _found(factory: str) -> Any:
+def named_object(factory: str) -> Any:
+    """Import what ``pkg.module:name`` names.
+
+    Raises:
+        UsageError: There is no such thing, or importing it fails.
+    """
     place, colon, name = factory.partition(":")
     if not colon or not all(part.isidentifier() for part in (*place.split("."), *name.split("."))):
         raise UsageError(f"--model {factory!r}", why="it is MODULE:NAME, as Python writes them", next=_EXAMPLE)

@@ -44,6 +44,7 @@ class PickleFacts:
         globals: What it would import, ``(module, qualified name)`` → a few words on how, in order of appearance.
         problems: Why it cannot be followed to its end; empty where it was.
         is_complete: ``STOP`` was reached, so that no global is left out.
+        is_ambiguous: Python's readers would not agree on what follows where it was given up: there may be any global.
         protocol: Highest one that it declares; None where it declares none.
         end: Offset behind ``STOP``, or where following it ended.
         ninstructions: How many were followed.
@@ -55,6 +56,7 @@ class PickleFacts:
     globals: dict[tuple[str, str], str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     is_complete: bool = False
+    is_ambiguous: bool = False
     protocol: int | None = None
     end: int = 0
     ninstructions: int = 0

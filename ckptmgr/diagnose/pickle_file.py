@@ -19,7 +19,7 @@ from ckptmgr.words import format_nbytes
 __all__ = ["looks_like_a_pickle", "pickle_file", "torch_tar"]
 
 # What an old pickle, without a protocol number in front, can begin with.
-_OLD_STARTS = b"(]})cilVSUXTFIJKMGNPp\x8c\x8a\x88\x89"
+_OLD_STARTS = b"()]}cilBCFGIJKLMNPSTUVX\x82\x83\x84\x88\x89\x8a\x8b\x8c\x8d\x8e\x8f\x95\x96\x97"
 
 
 def looks_like_a_pickle(head: bytes) -> bool:
@@ -35,7 +35,8 @@ def pickle_file(source: ByteSource, place: str) -> Artifact | None:
         return _legacy(source, place, facts)
     if facts.protocol is None and not _is_convincing(facts):
         return None
-    if facts.protocol is not None and facts.ninstructions < 3 and not facts.is_complete:
+    is_little = facts.ninstructions < 3 and not facts.is_complete and not facts.is_ambiguous
+    if facts.protocol is not None and is_little:
         return None
     container = "joblib" if facts.has_joblib_arrays else "pickle"
     problems = []

@@ -14,7 +14,7 @@ from ckptmgr.diagnose.byte_source import Bytes, ByteSource, Part
 from ckptmgr.diagnose.known_globals import old_name
 from ckptmgr.diagnose.pickle_calls import array_from_state, call, numpy_dtype, numpy_itemsize, shape_of, storage_from_id
 from ckptmgr.diagnose.pickle_facts import LIMITS, TORCH_MAGIC, PickleFacts, PickleLimits
-from ckptmgr.diagnose.pickle_opcodes import BadPickleError, Blob, LongText, instructions
+from ckptmgr.diagnose.pickle_opcodes import AmbiguousPickleError, BadPickleError, Blob, LongText, instructions
 from ckptmgr.diagnose.pickle_stack import LimitReachedError, PickleStack
 from ckptmgr.diagnose.pickle_values import Array, Dict, Global, Object, Set, Symbol
 
@@ -48,6 +48,7 @@ def _describe(source: ByteSource, start: int, limits: PickleLimits, *, nested: i
         # What a plain unpickler takes for instructions, joblib skips as data: whoever loads it, all is told.
         again = _Machine(source, start, limits, nested, joblib=True).run()
         again.globals = {**again.globals, **facts.globals}
+        again.is_ambiguous = again.is_ambiguous or facts.is_ambiguous
         return again
     return facts
 
@@ -77,6 +78,9 @@ class _Machine(PickleStack):
                     does[name](self, argument)
         except EOFError as error:
             facts.problems.append(f"it is cut off: {error}")
+        except AmbiguousPickleError as error:
+            facts.is_ambiguous = True
+            facts.problems.append(f"no program writes such a pickle: {error}")
         except BadPickleError as error:
             facts.problems.append(f"it is no valid pickle: {error}")
         except LimitReachedError as limit_reached:
@@ -352,6 +356,8 @@ class _Machine(PickleStack):
         if shape is None or size is None or of is None:
             raise BadPickleError("an array between the instructions whose size is not known")
         dtype = numpy_dtype(of.args[0])
+        if self._window.position < self._window.frame_end:
+            raise AmbiguousPickleError(f"an array lies within a frame, at {self._window.position}")
         if size == 0:
             return self._objects_between(shape)
         nbytes = size

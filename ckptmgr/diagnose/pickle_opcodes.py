@@ -14,7 +14,15 @@ from typing import Any, Final, TypeAlias
 
 from ckptmgr.diagnose.byte_source import Window
 
-__all__ = ["BadPickleError", "Blob", "Instruction", "LongText", "instructions"]
+__all__ = [
+    "AmbiguousPickleError",
+    "BadPickleError",
+    "Blob",
+    "Instruction",
+    "LongText",
+    "PickleWindow",
+    "instructions",
+]
 
 MAX_TEXT_NBYTES = 1 << 16
 MAX_BLOB_NBYTES = 1 << 12
@@ -25,6 +33,32 @@ _MAX_DIGITS = 4300  # Python's own limit
 
 class BadPickleError(Exception):
     """What follows is no instruction, or contradicts those before it."""
+
+
+class AmbiguousPickleError(BadPickleError):
+    """Python's two unpicklers take what follows for different instructions."""
+
+
+class PickleWindow(Window):
+    """A position in a pickle.
+
+    Attributes:
+        frame_end: Where the frame that it stands in ends, or the last one ended; 0 before the first.
+    """
+
+    frame_end = 0
+
+    def check_frame(self, start: int) -> None:
+        """Check that what was read from ``start`` on lies on one side of the end of a frame.
+
+        No pickler writes an instruction over the end of a frame. Python's unpickler in C drops what is left of the
+        frame then, so that it reads another instruction than its unpickler in Python does.
+
+        Raises:
+            AmbiguousPickleError: It does not.
+        """
+        if start < self.frame_end < self.position:
+            raise AmbiguousPickleError(f"an instruction reaches over the end of a frame, at {self.frame_end}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,7 +154,7 @@ _COUNTED: Final = {
 }
 
 
-def instructions(window: Window, *, source_start: int = 0) -> Iterator[Instruction]:
+def instructions(window: PickleWindow, *, source_start: int = 0) -> Iterator[Instruction]:
     """Yield the instructions up to and including ``STOP``; the window is left behind the last one.
 
     Args:
@@ -128,11 +162,13 @@ def instructions(window: Window, *, source_start: int = 0) -> Iterator[Instructi
         source_start: Added to the offsets of blobs.
 
     Raises:
+        AmbiguousPickleError: What follows is one instruction to one reader, and another one to another.
         BadPickleError: What follows is no instruction.
         EOFError: The source ends before ``STOP``.
     """
     plain, numbers, counted = _PLAIN, _NUMBERS, _COUNTED
     while True:
+        start = window.position
         code = window.read(1)[0]
         name = plain.get(code)
         if name is not None:
@@ -140,19 +176,37 @@ def instructions(window: Window, *, source_start: int = 0) -> Iterator[Instructi
             if code == 0x2E:
                 return
         elif (number := numbers.get(code)) is not None:
-            yield number[0], int.from_bytes(window.read(number[1]), "little", signed=number[2])
+            value = int.from_bytes(window.read(number[1]), "little", signed=number[2])
+            window.check_frame(start)
+            if code == 0x95:
+                _begin_frame(window, start, value)
+            yield number[0], value
         elif (length := counted.get(code)) is not None:
             signed = length[1] == 4 and length[0] in ("STRING", "LONG")
             nbytes = int.from_bytes(window.read(length[1]), "little", signed=signed)
-            yield length[0], _payload(window, length[0], nbytes, source_start)
+            payload = _payload(window, length[0], nbytes, source_start)
+            window.check_frame(start)
+            yield length[0], payload
         elif code == 0x47:
-            yield "FLOAT", struct.unpack(">d", window.read(8))[0]
+            (decimal,) = struct.unpack(">d", window.read(8))
+            window.check_frame(start)
+            yield "FLOAT", decimal
         elif code in b"cilFIVSPgp":
-            yield _with_lines(window, chr(code))
+            instruction = _with_lines(window, chr(code))
+            window.check_frame(start)
+            yield instruction
         elif code == 0x4C:
-            yield "INT", _lenient(_line(window).removesuffix(b"L"), lambda text: int(text, 0))
+            number_of_line = _lenient(_line(window).removesuffix(b"L"), lambda text: int(text, 0))
+            window.check_frame(start)
+            yield "INT", number_of_line
         else:
             raise BadPickleError(f"byte {code:#04x} at {window.position - 1} is no instruction of a pickle")
+
+
+def _begin_frame(window: PickleWindow, start: int, nbytes: int) -> None:
+    if start < window.frame_end:
+        raise AmbiguousPickleError(f"a frame begins within another one, at {start}")
+    window.frame_end = window.position + nbytes
 
 
 def _payload(window: Window, kind: str, nbytes: int, source_start: int) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ckptmgr.diagnose.byte_source import ByteSource, Window
+from ckptmgr.diagnose.byte_source import ByteSource
 from ckptmgr.diagnose.pickle_facts import PickleFacts, PickleLimits
-from ckptmgr.diagnose.pickle_opcodes import BadPickleError
+from ckptmgr.diagnose.pickle_opcodes import BadPickleError, PickleWindow
 from ckptmgr.diagnose.pickle_values import Dict, Object, Set, Symbol
 
 __all__ = ["LimitReachedError", "PickleStack"]
@@ -26,7 +26,7 @@ class PickleStack:
     def __init__(self, source: ByteSource, start: int, limits: PickleLimits) -> None:
         self.facts = PickleFacts(end=start)
         self._source = source
-        self._window = Window(source, start)
+        self._window = PickleWindow(source, start)
         self._limits = limits
         self._stack: list[Symbol] = []
         self._marks: list[int] = []

@@ -66,6 +66,8 @@ def pickled_artifact(
         kind = "joblib" if container == "joblib" else "torch-file"
     told = [*problems, *(f"its pickle: {problem}" for problem in facts.problems), *found.problems]
     told += _about_code(kind, uses)
+    if facts.is_ambiguous:
+        told.insert(0, "it is made so that it cannot be told what unpickling it would run: do not load it")
     locations = sorted({storage.location for storage in storages_of(found).values()} - {"", "cpu"})
     more: dict[str, Any] = {"container": container, **found.details, **(details or {})}
     if facts.protocol is not None:
@@ -87,7 +89,15 @@ def pickled_artifact(
         contents=found.contents,
         globals=uses,
         problems=tuple(told),
-        advice=_advice(place, kind, container, uses, found, is_whole=facts.is_complete and not _is_damaged(told)),
+        advice=_advice(
+            place,
+            kind,
+            container,
+            uses,
+            found,
+            is_whole=facts.is_complete and not _is_damaged(told),
+            is_ambiguous=facts.is_ambiguous,
+        ),
         details=more,
     )
 
@@ -118,11 +128,18 @@ def _is_missing(use: GlobalUse) -> bool:
 
 
 def _advice(
-    place: str, kind: str, container: str, uses: Sequence[GlobalUse], found: Recognised, *, is_whole: bool
+    place: str,
+    kind: str,
+    container: str,
+    uses: Sequence[GlobalUse],
+    found: Recognised,
+    *,
+    is_whole: bool,
+    is_ambiguous: bool,
 ) -> tuple[str, ...]:
     typed = shlex.quote(clean(place, 1000))
     verdicts = {use.verdict for use in uses}
-    if "dangerous" in verdicts:
+    if "dangerous" in verdicts or is_ambiguous:
         return (
             "do not load it with pickle, joblib or weights_only=False: it would run more than its own classes",
             "ask whoever made it for the weights alone, as safetensors or a state dict",

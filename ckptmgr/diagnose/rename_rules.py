@@ -14,6 +14,7 @@ from ckptmgr.diagnose.torch_code import rename_line
 __all__ = ["Found", "propose_rules"]
 
 _MAX_RULES = 100
+_MAX_NARROW = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class _Rule:
         reasons: Why.
         modules: How many modules it renames.
         is_only: Nothing else has the shapes of any of them.
+        nstars: As in `Found`, where it can be narrowed to one for each module.
     """
 
     old: tuple[str, ...]
@@ -55,6 +57,7 @@ class _Rule:
     reasons: dict[str, None] = field(default_factory=dict)
     modules: set[int] = field(default_factory=set)
     is_only: bool = True
+    nstars: int | None = None
 
 
 def propose_rules(draft: Draft, found: Sequence[Found]) -> None:
@@ -78,15 +81,35 @@ def propose_rules(draft: Draft, found: Sequence[Found]) -> None:
             kept.modules.add(number)
             kept.is_only = kept.is_only and each.is_only
     pending = sorted((*rules.values(), *odd), key=lambda rule: -len(rule.names))
-    if len(pending) > _MAX_RULES:
+    rest = pending[_MAX_RULES:]
+    # The narrow ones come first: a wide one may then be for all that is left.
+    pending = sorted(pending[:_MAX_RULES], key=lambda rule: -len(rule.old))
+    if rest:
         # What no rule makes shorter is told as one list.
-        pending = [*pending[:_MAX_RULES], _together(pending[_MAX_RULES:])]
+        pending.append(_together(rest))
     while pending:
         possible = next((it for it in pending if _is_possible(draft, it)), None)
         # Names that go round in a circle are changed all at once.
         rule = possible or _together(pending)
         pending = [it for it in pending if it is not possible] if possible else []
+        if rule.nstars is not None and len(rename_line(rule.names, draft.current, _steps(rule))) > 1:
+            narrow = _by_module(rule, rule.nstars)
+            if len(narrow) <= _MAX_NARROW:
+                pending = [*narrow, *pending]
+                continue
         _propose(draft, rule)
+
+
+def _by_module(rule: _Rule, nstars: int) -> list[_Rule]:
+    """Return a rule for each module instead of one for all of them, which would be for other tensors too."""
+    rules: dict[object, _Rule] = {}
+    for old, new in rule.names.items():
+        mine, others = _starred(old, nstars), _starred(new, nstars)
+        is_leaf_same = mine[-1] == others[-1] and len(mine) > 1 < len(others)
+        core, other = (mine[:-1], others[:-1]) if is_leaf_same else (mine, others)
+        narrow = _Rule(core, other, is_leaf_same, reasons=rule.reasons, modules=rule.modules, is_only=rule.is_only)
+        rules.setdefault((core, other), narrow).names[old] = new
+    return list(rules.values())
 
 
 def _together(rules: Sequence[_Rule]) -> _Rule:
@@ -107,7 +130,7 @@ def _differing(old: str, new: str, nstars: int) -> _Rule:
     while shared and core.count("*") != other.count("*"):
         shared -= 1
         core, other = mine[: len(mine) - shared], others[: len(others) - shared]
-    return _Rule(core, other, shared > 0)
+    return _Rule(core, other, shared > 0, nstars=nstars)
 
 
 def _starred(name: str, nstars: int) -> tuple[str, ...]:

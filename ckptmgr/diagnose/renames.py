@@ -126,10 +126,13 @@ class _Search:
             yield from units
             return
         for unit in units:
+            # The leaf is a part of the name: `gamma` may be called `weight` now.
+            single: dict[str, Unit] = {}
             for numbers, leaves in unit.tensors.items():
                 for leaf, tensor in leaves.items():
-                    # The leaf is a part of the name: `gamma` may be called `weight` now.
-                    yield Unit((*unit.skeleton, leaf), {numbers: {"": tensor}}, unit.position)
+                    own = single.setdefault(leaf, Unit((*unit.skeleton, leaf), {}, unit.position))
+                    own.tensors[numbers] = {"": tensor}
+            yield from single.values()
 
     def _key(self, unit: Unit, each: _Pass) -> object:
         signature = unit.signature(each.shape_of)
@@ -229,8 +232,9 @@ class _Search:
         if each.by_tensor and not self._is_together(unit, other):
             return None
         if not is_alone:
-            near = f"{shape}, and of those that have them the names are clearly the nearest"
-            return near if score >= _ENOUGH else None
+            # Places alone would be a guess: query, key and value may be declared in any order.
+            near = f"{shape}, and of those that have them the names, and what lies beside them, are clearly the nearest"
+            return near if likeness(unit.skeleton, other.skeleton) >= _ENOUGH else None
         shapes = {it.shape for leaves in unit.tensors.values() for it in leaves.values()}
         is_usual = any(self._usual[it] for it in shapes) or all(len(it) < 2 for it in shapes)
         if score < _ENOUGH + _POSITION and (is_usual or each.by_tensor):
@@ -239,8 +243,7 @@ class _Search:
 
     def _is_together(self, unit: Unit, other: Unit) -> bool:
         """Say whether a tensor would not be torn from its module: the rest of that goes to the same place, or can."""
-        ((mine,),) = (leaves.values() for leaves in list(unit.tensors.values())[:1])
-        ((their,),) = (leaves.values() for leaves in list(other.tensors.values())[:1])
+        mine, their = (next(iter(next(iter(it.tensors.values())).values())) for it in (unit, other))
         module, target = mine.name.rpartition(".")[0], their.name.rpartition(".")[0]
         if self._modules.get(module, target) != target or self._came_from.get(target, module) != module:
             return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ckptmgr.storage.redact import printable_url
 __all__ = ["KINDS", "sniff"]
 
 LOCAL_CHECK_NBYTES = 256 << 20
-REMOTE_CHECK_NBYTES = 1 << 20
+REMOTE_CHECK_NBYTES = 0
 _INDEX_ENDINGS = (".safetensors.index.json", ".bin.index.json")
 
 
@@ -45,7 +46,7 @@ def sniff(
         place: A path, a URL that fsspec knows, or a reference to a checkpoint of a run, ``RUN_DIR@REF``.
         storage_options: What fsspec's filesystem takes. Never shown.
         check_nbytes: How many bytes may be read in order to compare checksums; by default 256 MiB of a local file,
-            1 MiB of any other.
+            none of any other.
 
     Raises:
         CheckpointNotFoundError: Nothing is there, or the run has no such checkpoint.
@@ -56,13 +57,28 @@ def sniff(
         >>> sniff("last.ckpt").kind  # doctest: +SKIP
         'lightning-checkpoint'
     """
-    text = os.fspath(place)
+    return _fit_to_show(_sniff(os.fspath(place), storage_options, check_nbytes))
+
+
+def _fit_to_show(artifact: Artifact) -> Artifact:
+    """Spell out what would write over a terminal: names of files and texts in them are whoever's made them."""
+    return dataclasses.replace(
+        artifact,
+        title=clean(artifact.title, 600),
+        problems=tuple(clean(problem, 2000) for problem in artifact.problems),
+        advice=tuple(clean(line, 4000) for line in artifact.advice),
+        contents={clean(name, 300): clean(words, 300) for name, words in artifact.contents.items()},
+    )
+
+
+def _sniff(text: str, storage_options: Mapping[str, Any] | None, check_nbytes: int | None) -> Artifact:
     if not isinstance(text, str) or not text or "\0" in text:
         raise UsageError(f"{clean(str(text))!r} is no place", next="give a file, a directory or a URL")
     scheme, separator, rest = text.partition("://")
     if separator and scheme in ("file", "local"):
         text, separator = rest, ""
-    text = text if separator else str(Path(text).expanduser())
+    with suppress(RuntimeError):  # `~name` of nobody is a name like any other
+        text = text if separator else str(Path(text).expanduser())
     reference = reference_of(text)
     if reference is not None:
         return run_checkpoint(*reference, storage_options, place=text)

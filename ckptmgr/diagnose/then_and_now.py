@@ -27,8 +27,8 @@ def environment_then(storage: Storage, manifest: Manifest) -> dict[str, str]:
         manifest: The checkpoint's.
 
     Returns:
-        Package → version, with ``python``, ``cuda`` and ``machine``; and ``git.commit`` and ``git.changes``
-        where the program is that of the current project, so that they mean anything here.
+        Package → version, with ``python``, ``cuda`` and ``machine``; and ``git.commit`` and ``git.changes`` where the
+        program is that of the current project, so that they mean anything here.
     """
     record = _start_record(storage, manifest.attempt)
     found = {**(record.versions if record is not None else {}), **manifest.environment}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import sys
 import textwrap
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -34,7 +36,8 @@ _known_digest = cache(source_digest)
 def class_sources(module: nn.Module) -> dict[str, str | None]:
     """Return the classes that a module and its parts are made of, those of well-known libraries aside.
 
-    Their versions are in the environment. What a class derives from counts too.
+    Their versions are in the environment. What a class derives from counts too. A class of the script that runs is
+    named as if the script had been imported.
 
     Returns:
         ``module.qualified_name`` → digest of its source, 32 hex digits; None where it cannot be read. Sorted.
@@ -43,5 +46,15 @@ def class_sources(module: nn.Module) -> dict[str, str | None]:
     own = [
         kind for kind in kinds if kind.__module__.partition(".")[0] not in (*_LIBRARIES, "builtins", "abc", "typing")
     ]
-    found = {f"{kind.__module__}.{kind.__qualname__}": _known_digest(kind) for kind in own}
+    found = {f"{_module_of(kind)}.{kind.__qualname__}": _known_digest(kind) for kind in own}
     return dict(sorted(found.items()))
+
+
+def _module_of(kind: type) -> str:
+    if kind.__module__ != "__main__":
+        return kind.__module__
+    main = sys.modules["__main__"]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    if spec is not None:
+        return str(spec.name)
+    return "__main__" if file is None else Path(file).stem

@@ -7,13 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from golden_chain import SAMPLES, predict, tokenizer
 from golden_state import STEP, golden_state, golden_values
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
+from ckptmgr.golden.compare import compare_golden
+from ckptmgr.golden.run import Chain
+from ckptmgr.preprocess.handler import PREPROCESSOR
+from ckptmgr.preprocess.kinds import build_preprocessor
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.reader import CheckpointReader
 from ckptmgr.run.verify import verify_checkpoint
-from ckptmgr.state.capture import check_state, restore_state
+from ckptmgr.state.capture import capture_state, check_state, restore_state
 from ckptmgr.state.read_entries import load_entries
 from ckptmgr.storage.local import LocalStorage
 from ckptmgr.training_run import load_checkpoint
@@ -22,10 +28,13 @@ VERSIONS = sorted(path for path in Path(__file__).parent.glob("v*") if path.is_d
 DIGESTS = {
     "v1": "d569c0acc45343cea00b7d873ce7ead072d9cef78f26061db1a5df879eb6e256",
     "v2": "5ea9fe9d2e578e8c67f1a6e6a3f443aaff909571668c38ac10ffe33e45d3e5f4",
+    "v3": "7b82c3f58af589f771b0c7340d2b7accd6bb59603dd0b1b88c143629067a6144",
 }
 # Of two ranks: which dimension of a parameter is sharded, and what each rank has for itself.
 SHARDED = {"first.weight": 1, "last.weight": 0, "last.bias": 0}
 OWN = "own"
+# Of version 3: a tokenizer, and golden samples.
+CHAIN = ("preprocessor", "ckptmgr_golden")
 
 
 def same(one: Any, other: Any) -> bool:
@@ -73,7 +82,7 @@ def test_every_version_is_restored_into_live_objects(root: Path) -> None:
             tensor.zero_()
     state["optimizer"].state.clear()
     state["extra"].clear()
-    entries = [entry for entry in load_checkpoint(str(root)).entries.values() if entry.name != OWN]
+    entries = [entry for entry in load_checkpoint(str(root)).entries.values() if entry.name not in (OWN, *CHAIN)]
     check_state(state, entries)
     restore_state(state, entries)
     assert same(dict(state["model"].state_dict()), dict(expected["model"].state_dict()))
@@ -102,3 +111,19 @@ def test_each_rank_gets_back_what_it_had_for_itself() -> None:
         assert load_entries(reader, [OWN], rank=rank)[OWN].tree == {"rank": rank}
     assert {entry.name: entry.scope for entry in catalog.latest().entries}[OWN] == "per-rank"
     assert {entry.name: entry.scope for entry in catalog.latest().entries}["extra"] == "replicated"
+
+
+def test_a_tokenizer_of_version_3_is_built_as_it_was_and_its_golden_samples_hold() -> None:
+    root = Path(__file__).parent / "v3"
+    loaded = load_checkpoint(str(root))
+    (record,) = [entry for entry in loaded.manifest.entries if entry.name == PREPROCESSOR]
+    assert record.fingerprint == capture_state({PREPROCESSOR: tokenizer()})[0].fingerprint
+    built = build_preprocessor(loaded.entries[PREPROCESSOR].tree, lambda name: pytest.fail(f"{name} was imported"))
+    assert [built.encode(text).ids for text in SAMPLES] == [tokenizer().encode(text).ids for text in SAMPLES]
+    chain = Chain(golden_state()["model"], built, predict=predict)
+    assert compare_golden(loaded.entries["ckptmgr_golden"].tree, chain) == []
+
+
+def test_the_tokenizers_own_file_is_readable_without_ckptmgr() -> None:
+    (path, *_) = sorted((Path(__file__).parent / "v3").glob("checkpoints/*/preprocessor.tokenizer.json"))
+    assert Tokenizer.from_file(str(path)).encode("To be").tokens == ["to", "be"]

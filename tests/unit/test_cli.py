@@ -295,8 +295,8 @@ def test_nothing_to_verify_is_not_found(tmp_path: Path) -> None:
 MORE_ARGUMENTS = {"export": ["target.safetensors"]}
 
 
-# What an import is given is no run.
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"run", "completion", "import"}))
+# What an import or a doctor is given is no run.
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"run", "completion", "import", "doctor"}))
 def test_what_is_no_run_is_told_in_three_lines(tmp_path: Path, capsys: Output, command: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()

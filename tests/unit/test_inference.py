@@ -311,5 +311,24 @@ def test_a_run_from_a_configuration_needs_no_model(project: Path) -> None:
     assert load_inference("runs/a@latest", allow=["infpkg.*"]).ngolden == 2
 
 
+def test_verify_runs_the_golden_samples_again(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ckptmgr.cli.main import run
+
+    assert run(["run", "conf.yaml", "run_dir=runs/a"]) == 0
+    assert run(["verify", "runs/a@latest", "--golden"]) == 0
+    assert "2 golden samples give what they gave" in capsys.readouterr().err
+    assert run(["verify", "runs/a", "--golden", "--model", "infpkg:Net", "--model-arg", "width=5"]) == 0
+    assert run(["verify", "runs/a", "--golden", "--model", "infpkg:Net"]) == 1
+    assert "StateMismatchError" in capsys.readouterr().err
+    monkeypatch.setattr(sys.modules["infpkg"].Net, "forward", lambda self, x: self.layer(x) + 1)
+    assert run(["verify", "runs/a", "--golden"]) == 1
+    assert "GoldenMismatchError [golden-mismatch]" in capsys.readouterr().err
+    assert run(["verify", "runs/a", "--model", "infpkg:Net"]) == 2
+    assert run(["run", "conf.yaml", "run_dir=runs/b", "checkpoint.golden=null"]) == 0
+    assert run(["verify", "runs/b", "--golden"]) == 10
+
+
 def test_it_is_public() -> None:
     assert ckptmgr.load_inference is load_inference

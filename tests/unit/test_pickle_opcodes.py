@@ -26,6 +26,7 @@ from ckptmgr.diagnose.known_globals import PLAIN, verdict_of
 from ckptmgr.diagnose.pickle_facts import PickleLimits
 from ckptmgr.diagnose.pickle_machine import describe_pickle
 from ckptmgr.diagnose.pickle_values import Array, Dict, Object, Tensor
+from ckptmgr.diagnose.sniff import sniff
 
 
 def dangerous(data: bytes) -> list[str]:
@@ -135,6 +136,23 @@ def test_a_dangerous_global_is_found_however_it_is_hidden(how: str) -> None:
     assert facts.globals
     found = [name for name, words in facts.globals.items() if verdict_of(*name) == "dangerous" or "replaced" in words]
     assert found, facts.globals
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        # The unpickler in C takes this for `os.system`, that in Python refuses it, `pickletools` reads another name.
+        b"\x80\x04\x95" + struct.pack("<Q", 5) + b"cxxxxos\nsystem\n\x8c\x04true\x85R.",
+        b"\x80\x04\x95" + struct.pack("<Q", 4) + b"\x8c\x06ab" + text("os")[2:] + b"abcdef.",
+        b"\x80\x04\x95" + struct.pack("<Q", 20) + b"N0\x95" + struct.pack("<Q", 4) + b"N0N0N0N0N.",
+    ],
+)
+def test_what_pythons_own_readers_take_for_different_instructions_is_told(data: bytes, tmp_path: Path) -> None:
+    assert describe_pickle(data).is_ambiguous
+    (tmp_path / "x.pkl").write_bytes(data)
+    artifact = sniff(tmp_path / "x.pkl")
+    assert "cannot be told what unpickling it would run" in artifact.problems[0]
+    assert artifact.advice[0].startswith("do not load it")
 
 
 def test_names_that_are_reached_through_getattr_are_followed() -> None:

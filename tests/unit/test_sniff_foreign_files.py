@@ -123,6 +123,16 @@ def test_a_gguf_file(tmp_path: Path) -> None:
     assert "declares 18446744073709551615 tensors" in look(tmp_path / "x.gguf").problems[0]
 
 
+def test_a_file_that_is_a_pickle_too_is_said_to_run_what_that_runs(tmp_path: Path) -> None:
+    # `G` and eight bytes are a number to a pickle, and the first bytes of a GGUF file.
+    whole = (FOREIGN / "model.gguf").read_bytes()
+    (tmp_path / "x.gguf").write_bytes(whole[:9] + b"0cos\nsystem\n(S'true'\ntR." + whole[40:])
+    artifact = look(tmp_path / "x.gguf")
+    assert artifact.kind == "gguf"
+    assert artifact.problems[0] == "read as a pickle, it would run os.system: do not load it"
+    assert look(FOREIGN / "model.gguf").globals == ()
+
+
 def test_a_file_of_flax(tmp_path: Path) -> None:
     artifact = look(FOREIGN / "flax.msgpack")
     assert artifact.kind == "flax-msgpack"
