@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint import metadata
 
-from ckptmgr import Checkpointer
+from ckptmgr import Checkpointer, load_inference
 from ckptmgr.cli.main import run
 from ckptmgr.errors import CkptmgrError, CorruptCheckpointError, NotAllowedError, StateMismatchError, UsageError
 from ckptmgr.interop.export import export_checkpoint
@@ -308,6 +308,20 @@ def test_the_tokenizer_is_the_preprocessor_of_the_run_and_another_one_is_refused
     tokenizer.add_tokens(["dog"])
     with pytest.raises(StateMismatchError, match="preprocessor"):
         restored(tmp_path, model=other, preprocessor=tokenizer)
+
+
+@pytest.mark.parametrize("pretrained", ["gpt2"], indirect=True)
+@pytest.mark.filterwarnings("ignore:.*no golden samples:UserWarning")
+def test_an_imported_model_is_loaded_for_inference_with_its_tokenizer(
+    tmp_path: Path, pretrained: tuple[Any, Any, Path]
+) -> None:
+    model, inputs, folder = pretrained
+    tokenizer = with_tokenizer(folder)
+    import_run(str(folder), str(tmp_path / "run"))
+    loaded = load_inference(str(tmp_path / "run"), model=type(model)(model.config))
+    assert loaded.preprocessor("the cat slept")["input_ids"] == tokenizer("the cat slept")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(loaded.model(inputs).logits, model(inputs).logits)
 
 
 @pytest.mark.parametrize("pretrained", ["gpt2"], indirect=True)
