@@ -32,6 +32,8 @@ def environment_then(storage: Storage, manifest: Manifest) -> dict[str, str]:
     """
     record = _start_record(storage, manifest.attempt)
     found = {**(record.versions if record is not None else {}), **manifest.environment}
+    # What was imported says what it was made of; this process is no later state of that.
+    found = {name: version for name, version in found.items() if not name.startswith("source.")}
     if record is not None and Path(record.project_root).name == _project().name:
         found |= _git_facts(record.git)
     return found

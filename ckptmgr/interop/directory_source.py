@@ -26,6 +26,7 @@ from ckptmgr.state.stored_file import check_stored_name
 __all__ = ["read_accelerate", "read_model_directory", "read_trainer_directory"]
 
 _FURTHER = re.compile(r"(model|pytorch_model)_(\d+)\.(safetensors|bin)")
+_MAX_KEPT_NBYTES = 4 * MAX_FILE_NBYTES
 _NOT_KEPT = ("trainer_state.json",)
 
 
@@ -191,12 +192,15 @@ def _accelerate_step(directory: Path, names: Sequence[str], parts: _Parts, allow
 def _keep_files(directory: Path, parts: _Parts) -> None:
     """Keep the configuration and the tokenizer's files, byte for byte; and the tokenizer as a preprocessor."""
     files: dict[str, bytes] = {}
+    nbytes = 0
     for path in sorted(directory.iterdir()):
         if not is_model_file(path.name) or path.name in _NOT_KEPT or path.is_dir():
             continue
         real = member(directory, path.name)
-        if real.stat().st_size > MAX_FILE_NBYTES:
-            parts.notes.append(f"{path.name} is left out: it is larger than {MAX_FILE_NBYTES} bytes")
+        nbytes += real.stat().st_size
+        if real.stat().st_size > MAX_FILE_NBYTES or nbytes > _MAX_KEPT_NBYTES:
+            nbytes -= real.stat().st_size
+            parts.notes.append(f"{path.name} is left out: it is too large to be kept beside the weights")
             continue
         try:
             check_stored_name(path.name, "the directory")

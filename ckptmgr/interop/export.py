@@ -121,6 +121,10 @@ def _is_one_file(target: str) -> bool:
     return target.endswith(".safetensors")
 
 
+def _file_name(target: str) -> str:
+    return target.rstrip("/").rpartition("/")[2]
+
+
 def _export_safetensors(
     checkpoint: StoredCheckpoint,
     format: Format,
@@ -147,7 +151,7 @@ def _export_safetensors(
     ):
         reader = checkpoint.watched(advance).reader
         if not is_folder:
-            names = [target.rpartition("/")[2]]
+            names = [_file_name(target)]
             with opened.create(names[0]) as file:
                 write_one(file, weights.weights, reader)
         else:
@@ -192,7 +196,7 @@ def _export_state_dict(
                     next="give another prefix, or none",
                 )
         with open_target(target, is_folder=False, force=force, storage_options=options) as opened:
-            file_name = target.rpartition("/")[2]
+            file_name = _file_name(target)
             with opened.create(file_name) as file:
                 save_restricted(with_versions(state, versions), file)
     return Exported(checkpoint.reference, printable_url(target), (file_name,), len(state), left_out=tuple(left_out))
@@ -205,7 +209,7 @@ def _export_lightning(
     with progress(f"exporting step {checkpoint.manifest.step}", checkpoint.nbytes_of(names)) as advance:
         built, notes = lightning_checkpoint(checkpoint.watched(advance))
         with open_target(target, is_folder=False, force=force, storage_options=options) as opened:
-            file_name = target.rpartition("/")[2]
+            file_name = _file_name(target)
             with opened.create(file_name) as file:
                 save_restricted(built, file)
     return Exported(

@@ -98,9 +98,9 @@ def import_run(
         contents = replace(contents, step=step)
     environment = {
         **recorded_versions(),
-        "imported-from": name,
-        "imported-kind": what,
-        **{f"source-{tool}": version for tool, version in contents.versions.items()},
+        "source.name": name,
+        "source.kind": what,
+        **{f"source.{tool}": version for tool, version in contents.versions.items()},
     }
     manifest = create_run(
         storage,

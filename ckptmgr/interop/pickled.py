@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ckptmgr.errors import CorruptCheckpointError, NotAllowedError, UsageError
+from ckptmgr.interop.source import is_archive
 
 __all__ = ["MAX_NODES", "load_restricted"]
 
@@ -63,7 +64,7 @@ def load_restricted(path: Path, *, allow: Sequence[str] = ()) -> Any:
         CorruptCheckpointError: It is damaged, or was made to fill the memory.
     """
     allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(_allowed(name), name) for name in allow]
-    is_zip = zipfile.is_zipfile(path)
+    is_zip = is_archive(path)
     if is_zip:
         _check_archive(path)
     if "numpy.dtype" in allow:

@@ -9,7 +9,7 @@ from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError, Usag
 from ckptmgr.format.layout import RUN_MARKER
 from ckptmgr.storage.redact import printable_url
 
-__all__ = ["KINDS", "kind_of", "member", "open_source"]
+__all__ = ["KINDS", "is_archive", "kind_of", "member", "open_source"]
 
 KINDS = {
     "torch-file": "a file of torch.save",
@@ -68,7 +68,7 @@ def kind_of(place: Path) -> str:
         head = file.read(64)
     if not head:
         raise CorruptCheckpointError(f"{place} is empty", next="copy or download it again")
-    if zipfile.is_zipfile(place):
+    if is_archive(place):
         return "torch-file"
     if head.startswith(b"PK"):
         raise CorruptCheckpointError(
@@ -89,6 +89,15 @@ def kind_of(place: Path) -> str:
         why=f"it begins with {head[:8]!r}",
         next=f"`ckptmgr doctor {place}` tells what it may be",
     )
+
+
+def is_archive(path: Path) -> bool:
+    """Say whether a file is a zip archive, as torch.save writes it."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        # It has the end of one, and that contradicts itself.
+        return True
 
 
 def _kind_of_directory(place: Path) -> str:

@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from ckptmgr.cli.main import run
 from ckptmgr.errors import CorruptCheckpointError, UnsupportedStateError, UsageError
 from ckptmgr.interop.export import export_checkpoint
 from ckptmgr.interop.safetensors_files import parse_size
+from ckptmgr.loading import load_checkpoint
 
 
 @pytest.fixture
@@ -201,6 +203,37 @@ def test_an_export_goes_to_an_object_store(tmp_path: Path, model: Tied, run_dir:
     assert [name.rpartition("/")[2] for name in fsspec.filesystem("memory").ls(f"/{tmp_path.name}/out", False)] == [
         "model.safetensors"
     ]
+
+
+GOLDEN_RANKS = Path(__file__).parent.parent / "golden" / "v2"
+
+
+@pytest.mark.parametrize("size", [None, "50B"])
+def test_what_two_ranks_have_saved_in_shards_is_exported_whole(tmp_path: Path, size: str | None) -> None:
+    expected = load_checkpoint(str(GOLDEN_RANKS), names=["model"]).entries["model"].tree["tensors"]
+    assert expected["last.weight"].shape == (4, 4)
+    export_checkpoint(str(GOLDEN_RANKS), str(tmp_path / "out"), format="safetensors", max_shard_size=size)
+    found: dict[str, torch.Tensor] = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        found |= load_file(path)
+    with safe_open(next((tmp_path / "out").glob("*.safetensors")), "pt") as file:
+        assert file.metadata()["format"] == "pt"
+    tied = {"tied.weight": found["last.weight"]} if "tied.weight" not in found else {}
+    assert same_tensors(found | tied, dict(expected))
+    export_checkpoint(str(GOLDEN_RANKS), str(tmp_path / "out.pt"), format="state-dict")
+    assert same_tensors(dict(torch.load(tmp_path / "out.pt", weights_only=True)), dict(expected))
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    module = nn.ModuleList(nn.Linear(512, 512, bias=False) for _ in range(16))
+    run_dir = saved_run(tmp_path / "run", {"model": module})
+    tracemalloc.start()
+    export_checkpoint(str(run_dir), str(tmp_path / "m.safetensors"), format="safetensors")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Sixteen tensors of 1 MiB; one that is read, and one that is about to be.
+    assert (tmp_path / "m.safetensors").stat().st_size > 16 << 20
+    assert peak < 4 << 20
 
 
 @pytest.mark.parametrize(

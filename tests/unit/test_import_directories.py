@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch.distributed.checkpoint as dcp
 from interop_samples import Tied, same_tensors
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint import metadata
 
-from ckptmgr import Checkpointer
+from ckptmgr import Checkpointer, load_inference
 from ckptmgr.cli.main import run
 from ckptmgr.errors import CkptmgrError, CorruptCheckpointError, NotAllowedError, StateMismatchError, UsageError
 from ckptmgr.interop.export import export_checkpoint
@@ -75,10 +77,43 @@ def test_metadata_that_would_import_something_is_refused(tmp_path: Path) -> None
     assert not witness.exists()
 
 
+METADATA = b"ctorch.distributed.checkpoint.metadata\nMetadata\n"
+"""Pushes the class onto the stack of an unpickler."""
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize(
+    "forged",
+    [
+        # A memo of four billion places.
+        b"\x80\x02}r\xff\xff\xff\xff.",
+        # A text, and a bytearray, of more bytes than there are.
+        b"\x80\x04\x8d" + (1 << 40).to_bytes(8, "little") + b"x.",
+        b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b"x.",
+        # Attributes of a class, and not of an instance.
+        b"\x80\x02" + METADATA + b"N}X\x07\x00\x00\x00versionK\x07s\x86b.",
+        # An instance without its fields.
+        b"\x80\x02" + METADATA + b")\x81.",
+        b"\x80\x02}.",
+        b"not a pickle at all",
+    ],
+)
+def test_metadata_that_was_forged_is_damage_and_costs_nothing(tmp_path: Path, forged: bytes) -> None:
+    folder = save_dcp({"model": {"a": torch.ones(2)}}, tmp_path / "dcp")
+    (folder / ".metadata").write_bytes(forged)
+    tracemalloc.start()
+    with pytest.raises(CorruptCheckpointError, match="cannot be read"):
+        import_run(str(folder), str(tmp_path / "run"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50_000_000
+    assert metadata.Metadata.version is None
+
+
 def change_metadata(folder: Path, change: Any) -> None:
-    metadata = pickle.loads((folder / ".metadata").read_bytes())
-    change(metadata)
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    described = pickle.loads((folder / ".metadata").read_bytes())
+    change(described)
+    (folder / ".metadata").write_bytes(pickle.dumps(described))
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -87,12 +122,12 @@ def test_damaged_and_hostile_dcp_checkpoints_are_refused(tmp_path: Path, case: s
     folder = save_dcp({"model": {"a": torch.ones(8), "b": torch.zeros(3)}}, tmp_path / "dcp")
     kind: type[CkptmgrError] = CorruptCheckpointError
 
-    def first(metadata: Any) -> Any:
-        return metadata.state_dict_metadata["model.a"]
+    def first(described: Any) -> Any:
+        return described.state_dict_metadata["model.a"]
 
-    def grow(metadata: Any) -> None:
-        first(metadata).size = torch.Size([1 << 40])
-        first(metadata).chunks[0].sizes = torch.Size([1 << 40])
+    def grow(described: Any) -> None:
+        first(described).size = torch.Size([1 << 40])
+        first(described).chunks[0].sizes = torch.Size([1 << 40])
 
     if case == "outside":
         kind = UsageError
@@ -273,6 +308,20 @@ def test_the_tokenizer_is_the_preprocessor_of_the_run_and_another_one_is_refused
     tokenizer.add_tokens(["dog"])
     with pytest.raises(StateMismatchError, match="preprocessor"):
         restored(tmp_path, model=other, preprocessor=tokenizer)
+
+
+@pytest.mark.parametrize("pretrained", ["gpt2"], indirect=True)
+@pytest.mark.filterwarnings("ignore:.*no golden samples:UserWarning")
+def test_an_imported_model_is_loaded_for_inference_with_its_tokenizer(
+    tmp_path: Path, pretrained: tuple[Any, Any, Path]
+) -> None:
+    model, inputs, folder = pretrained
+    tokenizer = with_tokenizer(folder)
+    import_run(str(folder), str(tmp_path / "run"))
+    loaded = load_inference(str(tmp_path / "run"), model=type(model)(model.config))
+    assert loaded.preprocessor("the cat slept")["input_ids"] == tokenizer("the cat slept")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(loaded.model(inputs).logits, model(inputs).logits)
 
 
 @pytest.mark.parametrize("pretrained", ["gpt2"], indirect=True)

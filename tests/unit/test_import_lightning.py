@@ -24,6 +24,7 @@ from lightning_samples import make_trainer
 from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from ckptmgr import Selection
 from ckptmgr.cli.main import run
 from ckptmgr.errors import CorruptCheckpointError, StateMismatchError, UsageError
 from ckptmgr.interop.export import export_checkpoint
@@ -283,6 +284,19 @@ def test_there_and_back_gives_a_file_that_stock_lightning_resumes_from(tmp_path:
     assert same_tensors(resumed[1].state_dict(), whole[1].state_dict())
 
 
+def test_a_selection_goes_on_without_what_it_leaves_out(tmp_path: Path) -> None:
+    paths = stock_checkpoint(tmp_path, trainer={"max_epochs": 1}, every_n_train_steps=1)
+    imported(paths[2], tmp_path)
+    for number, selection in enumerate((Selection.without("rng"), Selection.only("model"))):
+        manager = CheckpointManager(
+            tmp_path / f"next-{number}", resume=str(tmp_path / "run"), selection=selection, save_top_k=-1
+        )
+        trainer, model = make_trainer(tmp_path, manager, max_epochs=1), Plain()
+        trainer.fit(model, ordered_loader())
+        assert trainer.global_step == NBATCHES
+        assert len(model.seen) == (2 if number == 0 else NBATCHES)
+
+
 def test_a_checkpoint_of_pytorch_lightning_1_is_brought_up_to_date(tmp_path: Path) -> None:
     model = seeded_plain()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -342,4 +356,8 @@ def test_the_command_tells_what_it_made_and_how_to_go_on(tmp_path: Path, capsys:
     assert run(["show", f"{tmp_path / 'run'}@latest"]) == 0
     assert f"imported from {path.name}" in capsys.readouterr().out
     assert run(["verify", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert run(["doctor", str(tmp_path / "run")]) == 0
+    # What it was imported from is no change of the environment.
+    assert "source." not in capsys.readouterr().out
     assert run(["import", str(path), str(tmp_path / "run")]) == 2
