@@ -212,8 +212,9 @@ class _Machine(PickleStack):
         self._push_made(self._import("copyreg", f"extension[{number}]", "by its number in a registry"))
 
     def _do_inst(self, names: tuple[str, str]) -> None:
-        arguments = tuple(self._to_mark())
-        self._push_made(self._called(self._import(*names), arguments))
+        # First the import, as in Python: it happens even where there is nothing to call it with.
+        of = self._import(*names)
+        self._push_made(self._called(of, tuple(self._to_mark())))
 
     def _do_obj(self, _: None) -> None:
         items = self._to_mark()

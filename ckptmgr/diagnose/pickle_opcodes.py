@@ -233,7 +233,7 @@ def _payload(window: Window, kind: str, nbytes: int, source_start: int) -> Any:
 
 def _with_lines(window: Window, code: str) -> Instruction:
     if code in "ci":
-        module, name = _text(_line(window)), _text(_line(window))
+        module, name = _text(_line(window)), _last_line(window)
         return ("GLOBAL" if code == "c" else "INST"), (module, name)
     line = _line(window)
     if code == "F":
@@ -281,6 +281,16 @@ def _line(window: Window) -> bytes:
         return window.read_line(MAX_LINE_NBYTES)
     except ValueError as cause:
         raise BadPickleError(str(cause)) from cause
+
+
+def _last_line(window: Window) -> str:
+    """Return the text of a line that may be the last one, and without an end: Python imports it without its end."""
+    try:
+        return _text(_line(window))
+    except EOFError:
+        rest = window.peek(min(window.remaining, MAX_TEXT_NBYTES))
+        window.skip(window.remaining)
+        return _text(rest[:-1])
 
 
 def _text(line: bytes) -> str:
