@@ -144,6 +144,7 @@ def test_a_file_can_be_read_in_five_minutes(path: Path) -> None:
         "ckptmgr.storage.open",
         "ckptmgr.launch",
         "ckptmgr.config.compose",
+        "ckptmgr.diagnose.sniff",
     ],
 )
 def test_what_does_not_compute_does_not_import_torch(module: str) -> None:
