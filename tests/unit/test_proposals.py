@@ -262,7 +262,8 @@ NEW_WORDS = {
     "attention": "attn", "query": "q", "key": "k", "value": "v", "output": "out", "intermediate": "ffn1",
     "dense": "fc", "LayerNorm": "norm", "layer": "blocks", "layers": "blocks", "encoder": "enc",
     "self_attn": "attention", "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "mlp": "ffn",
-    "down_proj": "down", "bert": "backbone", "model": "net", "embeddings": "embed", "word_embeddings": "tok", "position_embeddings": "pos",
+    "down_proj": "down", "bert": "backbone", "model": "net",
+    "embeddings": "embed", "word_embeddings": "tok", "position_embeddings": "pos",
 }  # fmt: skip
 
 
