@@ -90,7 +90,7 @@ def command(
 
 
 def _look(place: str) -> Artifact:
-    from ckptmgr.diagnose.sniff import sniff  # type: ignore[import-not-found,unused-ignore]
+    from ckptmgr.diagnose.sniff import sniff
 
     artifact: Artifact = sniff(place)
     return artifact
