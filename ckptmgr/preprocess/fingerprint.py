@@ -24,6 +24,8 @@ __all__ = ["fingerprint"]
 _LENGTH = 32
 # Trees within a tree (a skops file within a part) may be a bit deeper than the state of a checkpoint.
 _MAX_DEPTH = 8 * MAX_DEPTH
+_MAX_KNOWN = 64
+_known: dict[tuple[str, bytes], bytes] = {}
 
 
 def fingerprint(tree: Any) -> str:
@@ -77,6 +79,17 @@ def _hash(tag: str, *parts: bytes | memoryview) -> bytes:
 
 
 def _content(file: StoredFile, depth: int) -> bytes:
+    # A vocabulary of 100,000 tokens takes half a second, at each save, and is mostly the one of the save before.
+    key = (file.name.rpartition(".")[2], hashlib.sha256(file.content).digest())
+    if key not in _known:
+        digest = _meaning(file, depth)
+        while len(_known) >= _MAX_KNOWN:
+            _known.pop(next(iter(_known)), None)
+        _known[key] = digest
+    return _known[key]
+
+
+def _meaning(file: StoredFile, depth: int) -> bytes:
     if file.name.endswith(".json") and (canonical := _canonical_json(file.content)) is not None:
         return _hash("json", canonical)
     if file.name.endswith(".skops"):
