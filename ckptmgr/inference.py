@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ckptmgr.diagnose.recorded_code import recorded_classes
 from ckptmgr.errors import CkptmgrError, GoldenMismatchError, NotAllowedError, StateMismatchError, UsageError
 from ckptmgr.experiment.rebuild import rebuild
 from ckptmgr.golden.compare import compare_golden, refuse_differences
@@ -27,7 +28,7 @@ from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
 from ckptmgr.preprocess.differing_token import first_differing_token
 from ckptmgr.preprocess.handler import PreprocessorHandler
 from ckptmgr.preprocess.kinds import build_preprocessor
-from ckptmgr.resume_drift import drift_since
+from ckptmgr.resume_drift import drift_since, tell_code_drift
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.reference import Reference, parse_reference
 from ckptmgr.state.capture import restore_state
@@ -114,6 +115,7 @@ def load_inference(
     loaded = _load(meant, catalog, storage_options)
     built = partial(rebuild, catalog, loaded.manifest.attempt, allowed)
     module = _model(model, loaded, built)
+    tell_code_drift(loaded, class_sources(module))
     with _drift_told(catalog.storage, loaded, module):
         _restore(module, loaded)
     module.eval()
@@ -171,12 +173,17 @@ def _model(
     if made is None:
         raise UsageError(
             f"nothing says how to build the model of {loaded.reference}",
-            why="the run was not built from a configuration, and a checkpoint holds no code",
+            why="the run was not built from a configuration, and a checkpoint holds no code" + _classes(loaded),
             next="load_inference(..., model=YourModel(...)), or model=YourModel for a class that is called",
         )
     if not isinstance(made, nn.Module):
         raise UsageError(f"the model is a {type(made).__qualname__}, and no torch.nn.Module")
     return made
+
+
+def _classes(loaded: LoadedCheckpoint) -> str:
+    names = list(recorded_classes(loaded.manifest))[:_SHOWN]
+    return f"; the classes that it was made of: {', '.join(names)}" if names else ""
 
 
 def _hyper_parameters(factory: Any, loaded: LoadedCheckpoint) -> dict[str, Any]:

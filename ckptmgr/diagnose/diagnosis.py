@@ -11,6 +11,7 @@ from ckptmgr.diagnose.artifact import Artifact, TensorFacts
 from ckptmgr.diagnose.difference import Difference, selection_code
 from ckptmgr.diagnose.drift import Drift, grade
 from ckptmgr.diagnose.match import match
+from ckptmgr.diagnose.recorded_code import compare_code, recorded_classes
 from ckptmgr.diagnose.then_and_now import environment_now, environment_then
 from ckptmgr.errors import CkptmgrError
 from ckptmgr.format.manifest import Manifest
@@ -26,7 +27,8 @@ Look: TypeAlias = Callable[[str], Artifact]
 _RUN_KINDS = ("run", "run-checkpoint")
 _DAMAGED_KINDS = ("torch-truncated", "zip-truncated", "empty", "zeros")
 _DAMAGED = re.compile(
-    r"\b(truncated|damaged|cut off|not intact)\b|\b(shard is|shards are|files of it are|records of tensors are) missing"
+    r"\b(truncated|damaged|cut off|not intact|header cannot be read)\b"
+    r"|\b(shard is|shards are|files of it are|records of tensors are) missing"
 )
 _LIGHTNINGS = ("lightning", "pytorch-lightning")
 
@@ -138,7 +140,9 @@ def _recorded(place: str, artifact: Artifact) -> tuple[Catalog, Manifest, str] |
 
 def _drifts(artifact: Artifact, found: tuple[Catalog, Manifest, str] | None) -> list[Drift]:
     if found is not None:
-        return grade(environment_then(found[0].storage, found[1]), environment_now())
+        code = compare_code(recorded_classes(found[1]))
+        then, now = environment_then(found[0].storage, found[1]), environment_now()
+        return grade({**then, **code.then}, {**now, **code.now}, code.reasons)
     now = recorded_versions()
     # A file tells versions of many things; those that this program has a use for are compared.
     then = {name: version for name, version in artifact.versions.items() if name in now or name in _LIGHTNINGS}

@@ -135,14 +135,15 @@ _RULES["pytorch-lightning"] = _RULES["lightning"]
 _OTHER = _rule("another version", major="info", minor="info")
 
 
-def grade(then: Mapping[str, str], now: Mapping[str, str]) -> list[Drift]:
+def grade(then: Mapping[str, str], now: Mapping[str, str], reasons: Mapping[str, str] | None = None) -> list[Drift]:
     """Return everything that differs, what most likely explains a failure to load first.
 
     Args:
         then: As it was recorded: package → version, and beside those ``python``, ``cuda``, ``machine``, ``format``,
             ``git.commit``, ``git.changes``, ``code.CLASS`` (digest of its source) and ``config.KEY``. What was not
             recorded is not compared, but for ``config.``.
-        now: The same of this process. A package that is not installed is not in it.
+        now: The same of this process. A package that is not installed is not in it, nor a class that is not found.
+        reasons: By name, why it matters, where more is known than the name tells.
     """
     names = dict.fromkeys((*then, *(name for name in now if name.startswith("config."))))
     drifts = []
@@ -150,7 +151,7 @@ def grade(then: Mapping[str, str], now: Mapping[str, str]) -> list[Drift]:
         before, after = then.get(name), now.get(name)
         if before != after:
             level, why = _judge(name, before, after)
-            drifts.append(Drift(name, before, after, level, why))
+            drifts.append(Drift(name, before, after, level, (reasons or {}).get(name, why)))
     return sorted(drifts, key=_weight)
 
 
@@ -194,6 +195,8 @@ def _judge(name: str, then: str | None, now: str | None) -> tuple[Grade, str]:
         return "warning", "the code is not the one that wrote it: classes, layers and defaults may have changed"
     if name == "git.changes":
         return "warning", "what is not committed is not what it was"
+    if name.startswith("code.") and now is None:
+        return "warning", "this class is not found here"
     if name.startswith("code."):
         return "warning", "the source of this class is not what it was"
     if name == "machine":

@@ -6,6 +6,8 @@ import ast
 import difflib
 import importlib.machinery
 import importlib.util
+import inspect
+import io
 import os
 import re
 import sys
@@ -15,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-__all__ = ["where_is"]
+__all__ = ["source_texts", "where_is"]
 
 _MAX_SOURCE_NBYTES = 2 << 20
 _MAX_FILES = 300
@@ -44,13 +46,50 @@ def where_is(module: str, name: str) -> str | None:
     for part in module.split(".")[1:]:
         found = _inside(folders or (), part)
         if found is None:
-            return f"{module} is not importable here: {_place(folders, file)} has no {part}"
+            text = f"{module} is not importable here: {_place(folders, file)} has no {part}"
+            package = folders[0] if folders else None
+            elsewhere = _defined_elsewhere(package, "", name.partition(".")[0]) if package else None
+            return f"{text}, but {elsewhere} has a {name}" if elsewhere else text
         folders, file = found
     if file is None:
         return f"found {_place(folders, file)}, a folder without code"
     if not file.endswith(".py"):
         return f"found {_place(None, file)}"
     return _in_source(file, name, package=_package_folder(file, module))
+
+
+def source_texts(full_name: str) -> list[str]:
+    """Return the source of a class, as `inspect.getsource` would; several texts where it is defined several times.
+
+    Looked for on Python's path, and then in the current directory. Empty where it is not found.
+
+    Args:
+        full_name: ``my_project.models.Net``, or ``my_project.models.Net.Block``.
+    """
+    parts = full_name.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        file = _file_of(parts[:depth])
+        tree = _parsed(file) if file is not None else None
+        if file is None or tree is None:
+            continue
+        wanted = ".".join(parts[depth:])
+        lines = io.StringIO(_source(file), newline=None).readlines()
+        return [
+            "".join(inspect.getblock(lines[min([node.lineno, *(it.lineno for it in node.decorator_list)]) - 1 :]))
+            for node, prefix in _statements(tree.body, "")
+            if isinstance(node, ast.ClassDef) and prefix + node.name == wanted
+        ]
+    return []
+
+
+def _file_of(module: Sequence[str]) -> str | None:
+    """Return the source file of a module."""
+    folders, file = _top_level(module[0])
+    if folders is None and file is None:
+        folders, file = _inside([_here()], module[0]) or (None, None)
+    for part in module[1:]:
+        folders, file = _inside(folders or (), part) or (None, None)
+    return file if file is not None and file.endswith(".py") else None
 
 
 def _top_level(name: str) -> tuple[Sequence[str] | None, str | None]:

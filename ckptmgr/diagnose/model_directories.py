@@ -36,6 +36,9 @@ _TOKENIZER: Final = frozenset(
         "tokenizer_config.json",
     ]
 )
+# Tokenizers of bytes have none of these, and need none.
+_VOCABULARY_ENDINGS: Final = (".model", ".txt", ".json", ".tiktoken", ".spm", ".codes", ".vocab", ".v3", ".bpe")
+_OF_BYTES: Final = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
 _PREPROCESSOR: Final = frozenset(
     ["preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"]
 )
@@ -211,6 +214,8 @@ def _model(
         problems.append(
             "no tokenizer and no preprocessor is here: it takes raw input only with the one it was trained with"
         )
+    elif _lacks_vocabulary(folder):
+        problems.append("its tokenizer is missing: tokenizer_config.json is here, and no tokenizer.json or vocabulary")
     title = f"a Hugging Face model of {plural(len(tensors), 'tensor')}"
     values = config or {}
     architectures = values.get("architectures")
@@ -227,6 +232,7 @@ def _model(
         details["tied"] = "the output layer is the input embedding (tie_word_embeddings)"
         if not any(name.endswith(("lm_head.weight", "decoder.weight")) for name in names):
             details["tied"] += ", and is not stored"
+        title += f"; {details['tied']}"
     details["tokenizer"] = sorted(top & _TOKENIZER)
     details["preprocessor"] = sorted(top & _PREPROCESSOR)
     advice = [f"ckptmgr import {shlex.quote(folder.place)} RUN_DIR"]
@@ -248,6 +254,17 @@ def _model(
         advice=tuple(advice),
         details=details,
     )
+
+
+def _lacks_vocabulary(folder: Folder) -> bool:
+    """Say whether a tokenizer is described, and nothing that may be its vocabulary lies beside the description."""
+    config = folder.json("tokenizer_config.json")
+    if not isinstance(config, dict) or config.get("tokenizer_class") in _OF_BYTES:
+        return False
+    top = set(folder.top())
+    described = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"}
+    others = top - described - set(INDEX_NAMES) - _PREPROCESSOR - {"generation_config.json", "trainer_state.json"}
+    return not any(name.endswith(_VOCABULARY_ENDINGS) for name in others)
 
 
 def saved_model(folder: Folder) -> Artifact | None:

@@ -13,6 +13,8 @@ __all__ = ["preprocessor_entry"]
 
 _MARKS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
 
+_OF_OTHER_INPUT = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
 
 def preprocessor_entry(directory: Path, files: Mapping[str, bytes]) -> tuple[CapturedEntry | None, str | None]:
     """Return the entry, and a sentence where there is a tokenizer that did not become one.
@@ -24,7 +26,11 @@ def preprocessor_entry(directory: Path, files: Mapping[str, bytes]) -> tuple[Cap
         files: Those that are kept, by name.
     """
     if not any(name in files for name in _MARKS):
-        return None, None
+        is_for_others = any(name in files for name in _OF_OTHER_INPUT)
+        return (
+            None,
+            None if is_for_others else "no tokenizer is here: it predicts only with the one it was trained with",
+        )
     try:
         from transformers import AutoTokenizer
     except ImportError:

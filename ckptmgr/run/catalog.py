@@ -7,6 +7,7 @@ reading.
 
 from __future__ import annotations
 
+import errno
 import logging
 import shlex
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,14 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Literal
 
-from ckptmgr.errors import CheckpointNotFoundError, CkptmgrError, CorruptCheckpointError, RunNotFoundError, UsageError
+from ckptmgr.errors import (
+    CheckpointNotFoundError,
+    CkptmgrError,
+    CorruptCheckpointError,
+    RunNotFoundError,
+    StorageError,
+    UsageError,
+)
 from ckptmgr.format.layout import RUN_MARKER, CheckpointId, manifest_key, parse_attempt_key, parse_checkpoint_key
 from ckptmgr.format.manifest import Continuation, Manifest, ManifestExcerpt, Note, decode_manifest
 from ckptmgr.format.manifest import RunMarker as Marker
@@ -67,14 +75,24 @@ class Catalog:
         Raises:
             RunNotFoundError: The location holds no run.
         """
-        catalog = cls(storage)
+        place = shlex.quote(storage.url)
+        foreign = f"`ckptmgr doctor {place}` tells what it is; `ckptmgr import {place} RUN_DIR` makes a run of it"
+        try:
+            catalog = cls(storage)
+        except StorageError as error:
+            if error.errno != errno.ENOTDIR:
+                raise
+            raise RunNotFoundError(f"{storage.url} is no run", why="it is a file", next=foreign) from error
         if not catalog.is_run and catalog.run_id is None:
+            advice = "give the directory that the manager was given; in a script, resume='auto' starts a new run in it"
+            if any(key.endswith(f"/{RUN_MARKER}") for key in catalog.sizes):
+                advice = f"runs lie below it: ckptmgr ls {place}"
+            elif catalog.sizes:
+                advice += f"; if another tool has written it, {foreign}"
             raise RunNotFoundError(
                 f"no run in {storage.url}",
                 why="nothing is stored there" if not catalog.sizes else f"it holds files, but no {RUN_MARKER}",
-                next=f"runs lie below it: ckptmgr ls {shlex.quote(storage.url)}"
-                if any(key.endswith(f"/{RUN_MARKER}") for key in catalog.sizes)
-                else "give the directory that the manager was given; in a script, resume='auto' starts a new run in it",
+                next=advice,
             )
         return catalog
 

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ckptmgr.errors import UsageError
 from ckptmgr.state.capture import check_state, restore_state
+from ckptmgr.state.cast_loss import measure_losses
 from ckptmgr.state.dtype_policy import take_dtypes
 from ckptmgr.state.entry import CapturedEntry
 from ckptmgr.state.handlers import REGISTRY, HandlerRegistry
@@ -194,6 +195,7 @@ def select_state(
             renamed={**ruled.entry_names, **{old: in_live.names.get(new, new) for old, new in ruled.names.items()}},
             notes=(*notes, *build.notes),
             resized=build.resized,
+            losses=measure_losses(build.casts),
         ),
         _selection=selection,
         # Live tensors take another dtype only once all has been checked; so the check casts the saved ones.

@@ -43,6 +43,7 @@ class Build:
     Attributes:
         dtype: The policy.
         cast: Paths of tensors that get another dtype, with the dtypes before and after.
+        casts: What was cast, by path: the values before and after.
         retyped: Live tensors, by id, that take the dtype of the checkpoint.
         caster: Casts saved tensors.
         resize: Patterns of tensors, and how they are resized.
@@ -53,6 +54,7 @@ class Build:
 
     dtype: DtypePolicy
     cast: dict[str, tuple[str, str]] = field(default_factory=dict)
+    casts: list[tuple[str, Any, Any]] = field(default_factory=list)
     retyped: dict[int, tuple[torch.Tensor, torch.dtype]] = field(default_factory=dict)
     caster: Caster = field(default_factory=Caster)
     resize: Mapping[str, ResizePolicy] = field(default_factory=dict)
@@ -123,17 +125,19 @@ class ModuleParts:
             if name in own and name in self._live and are_floats(item, self._live[name]):
                 words = name_of(item), name_of(self._live[name])
                 if build.dtype == "live":
-                    build.cast[f"{self._entry}/{name}"] = words
+                    path, before = f"{self._entry}/{name}", item
                     item = build.caster.cast(item, self._live[name].dtype)
+                    build.cast[path] = words
+                    build.casts.append((path, before, item))
                 elif build.dtype == "saved":
                     build.cast[f"{self._entry}/{name}"] = (words[1], words[0])
                     build.retyped[id(own[name])] = (own[name], item.dtype)
                     retyped.append(name)
             if name in policies and name in self._live:
-                path, before = f"{self._entry}/{name}", tuple(item.shape)
+                path, shape = f"{self._entry}/{name}", tuple(item.shape)
                 item = build.resizer.resize(path, item, self._live[name], policies[name])
-                if tuple(item.shape) != before:
-                    build.resized[path] = before, tuple(item.shape)
+                if tuple(item.shape) != shape:
+                    build.resized[path] = shape, tuple(item.shape)
             (result["tensors"] if name in self._tree["tensors"] else values)[name] = item
         if retyped:
             refuse_to_retype(self._entry, self._module, retyped)
@@ -295,8 +299,11 @@ class OptimizerParts:
         was, now = self._saved_dtype(name), self._dtype_now(name, build)
         if slots is None or was is None or now is None or build.dtype != "live" or not floats_named(was, now):
             return slots
-        build.cast[f"{self._entry}/state/{name}"] = (was, now)
-        return cast_slots(slots, was, now, build.caster)
+        path, cast = f"{self._entry}/state/{name}", cast_slots(slots, was, now, build.caster)
+        build.cast[path] = (was, now)
+        if isinstance(slots, Mapping):
+            build.casts += [(path, item, cast[key]) for key, item in slots.items() if cast[key] is not item]
+        return cast
 
     def _resized_slots(self, name: str, slots: Any, build: Build) -> Any:
         shapes = self._resized(name, build)

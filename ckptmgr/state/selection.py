@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Literal, Self, TypeAlias
 
 from ckptmgr.errors import UsageError
+from ckptmgr.state.cast_loss import CastLoss, losses_in_words
 from ckptmgr.state.rename_rules import RenameRules
 
 __all__ = ["Choice", "DtypePolicy", "NotRestored", "ResizePolicy", "Selection", "SelectionReport"]
@@ -163,6 +164,7 @@ class SelectionReport:
         renamed: Names in the checkpoint, and what they are called now.
         resized: Paths of tensors with another number of rows, with the shapes before and after.
         notes: Further sentences for the user.
+        losses: What casts have done to values, by path, where it is anything.
     """
 
     not_restored: tuple[NotRestored, ...] = ()
@@ -170,6 +172,7 @@ class SelectionReport:
     renamed: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     resized: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    losses: Mapping[str, CastLoss] = field(default_factory=dict)
 
     def log(self, source: str, *, dtype: DtypePolicy) -> None:
         """Tell everything: what was not restored in one message, at WARNING.
@@ -185,7 +188,12 @@ class SelectionReport:
             kinds.setdefault(pair, []).append(path)
         whose = "values of the checkpoint" if dtype == "live" else "tensors of the program"
         for (before, after), paths in kinds.items():
-            _log.warning("%s cast from %s to %s: %s", whose, before, after, _listed(paths))
+            lost = losses_in_words({path: self.losses[path] for path in paths if path in self.losses})
+            if dtype == "live" and not lost:
+                lost = "no value has changed"
+            _log.warning(
+                "%s cast from %s to %s: %s%s", whose, before, after, _listed(paths), f"; {lost}" if lost else ""
+            )
         for path, (was, now) in self.resized.items():
             how = (
                 "the first rows were taken" if now[0] < was[0] else "new rows stay as the program has initialised them"

@@ -8,11 +8,12 @@ import sys
 import textwrap
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
-__all__ = ["class_sources", "source_digest"]
+__all__ = ["class_sources", "source_digest", "text_digest"]
 
 _LIBRARIES = ("torch", "lightning", "pytorch_lightning", "torchvision", "transformers", "torchmetrics")
 
@@ -20,12 +21,19 @@ _LIBRARIES = ("torch", "lightning", "pytorch_lightning", "torchvision", "transfo
 def source_digest(obj: Any) -> str | None:
     """Return a digest of the source of a class or function; None where there is none to read.
 
-    Indentation of the whole and white space at the ends of lines do not count. What the source calls is not looked at.
+    What the source calls is not looked at.
     """
     try:
-        source = inspect.getsource(obj)
+        return text_digest(inspect.getsource(obj))
     except (OSError, TypeError):
         return None
+
+
+def text_digest(source: str) -> str:
+    """Return a digest of source text, 32 hex digits.
+
+    Indentation of the whole and white space at the ends of lines do not count.
+    """
     lines = [line.rstrip() for line in textwrap.dedent(source).strip().splitlines()]
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
