@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from ckptmgr.diagnose.artifact import Artifact, TensorFacts
+from ckptmgr.diagnose.artifact import Artifact, TensorFacts, is_damaged
 from ckptmgr.diagnose.difference import Difference, selection_code
 from ckptmgr.diagnose.drift import Drift, grade
 from ckptmgr.diagnose.match import match
@@ -24,10 +23,6 @@ __all__ = ["Diagnosis", "Look", "diagnose"]
 Look: TypeAlias = Callable[[str], Artifact]
 
 _RUN_KINDS = ("run", "run-checkpoint")
-_DAMAGED_KINDS = ("torch-truncated", "zip-truncated", "empty", "zeros")
-_DAMAGED = re.compile(
-    r"\b(truncated|damaged|cut off|not intact)\b|\b(shard is|shards are|files of it are|records of tensors are) missing"
-)
 _LIGHTNINGS = ("lightning", "pytorch-lightning")
 
 
@@ -112,12 +107,8 @@ def diagnose(
         reading=(*_reading(place, artifact), *building),
         reference=recorded[2] if recorded is not None else None,
         selection=_selection(difference, recorded[1]) if difference is not None and recorded is not None else None,
-        is_damaged=_is_damaged(artifact),
+        is_damaged=is_damaged(artifact),
     )
-
-
-def _is_damaged(artifact: Artifact) -> bool:
-    return artifact.kind in _DAMAGED_KINDS or any(_DAMAGED.search(problem) for problem in artifact.problems)
 
 
 def _recorded(place: str, artifact: Artifact) -> tuple[Catalog, Manifest, str] | None:
