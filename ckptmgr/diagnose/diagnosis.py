@@ -59,6 +59,13 @@ class Diagnosis:
         is_safe = all(use.verdict != "dangerous" for use in self.artifact.globals)
         return is_known and is_safe and self.uncomparable is None and (self.difference is None or self.difference.fits)
 
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What reads it. Where it does not fit its model, nothing that would load it into that as it is."""
+        if self.difference is None or self.difference.fits:
+            return self.artifact.advice
+        return tuple(line for line in self.artifact.advice if "load_state_dict(" not in line)
+
     def code(self) -> tuple[str, ...]:
         """Return the lines that read the tensors, apply all proposals that are not unknown, and load the result."""
         lines = self.difference.code() if self.difference is not None else ()

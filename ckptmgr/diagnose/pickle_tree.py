@@ -10,7 +10,7 @@ from ckptmgr.diagnose.artifact import TensorFacts
 from ckptmgr.diagnose.pickle_values import Array, Dict, Object, Set, Symbol, Tensor, as_mapping, in_words, type_words
 from ckptmgr.diagnose.plain_words import clean, listed, plural
 
-__all__ = ["Recognised", "attributes_of", "is_module", "recognise", "tensor_facts", "tensors_in"]
+__all__ = ["Recognised", "attributes_of", "is_module", "parts_of_module", "recognise", "tensor_facts", "tensors_in"]
 
 _MAX_DEPTH = 40
 _MAX_VISITS = 400_000
@@ -209,15 +209,29 @@ def _walk(root: Symbol, left: _Budget) -> Iterator[tuple[str, Tensor | Array]]:
 
 def _parts(value: Symbol, left: _Budget) -> list[tuple[str, Symbol]]:
     if is_module(value):
-        state = attributes_of(value)
-        parts: list[tuple[str, Symbol]] = []
-        for group in ("_parameters", "_buffers", "_modules"):
-            inner = as_mapping(state.get(group)) if state is not None else None
-            if inner is not None and left.has(len(inner)):
-                parts += inner.items()
-        return parts
+        parts = [part for group in parts_of_module(value) for part in group]
+        return parts if left.has(len(parts)) else []
     mapping = as_mapping(value)
     return list(mapping.items()) if mapping is not None and left.has(len(mapping)) else []
+
+
+def parts_of_module(
+    value: Symbol,
+) -> tuple[list[tuple[str, Symbol]], list[tuple[str, Symbol]], list[tuple[str, Symbol]]]:
+    """Return a module's own parameters, its buffers, and its children, by name, as its state dict would have them.
+
+    A parameter that is None is none, and a buffer that is not persistent is in no state dict.
+    """
+    attributes = attributes_of(value) or Dict()
+    groups = [as_mapping(attributes.get(name)) or Dict() for name in ("_parameters", "_buffers", "_modules")]
+    parameters, buffers, children = (
+        [(name, item) for name, item in group.items() if item is not None] for group in groups
+    )
+    transient = attributes.get("_non_persistent_buffers_set")
+    if isinstance(transient, Set):
+        left_out = {name for name in transient.members if type(name) is str}
+        buffers = [(name, item) for name, item in buffers if name not in left_out]
+    return parameters, buffers, children
 
 
 def attributes_of(value: Symbol) -> Dict | None:

@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ckptmgr.diagnose.artifact import Artifact
+from ckptmgr.diagnose.known_globals import EXAMINED
 from ckptmgr.errors import NotAllowedError, UsageError
 from ckptmgr.interop.contents import Contents
 from ckptmgr.interop.dcp_source import read_dcp
@@ -27,8 +30,6 @@ from ckptmgr.words import printable_place
 
 __all__ = ["ImportedRun", "import_run"]
 
-# What makes a tensor of a plain pickle, and was looked into.
-_EXAMINED = "torch.storage._load_from_bytes"
 _STEP_KEYS = ("global_step", "step", "iteration", "iter", "steps")
 
 
@@ -167,7 +168,7 @@ def _is_symbolic(artifact: Artifact, allow: Sequence[str], *, weights_only: bool
     """Say whether a file is read without unpickling it: where torch could not load it, or only with its classes."""
     if artifact.kind == "pickled-module" or "pickled_module" in artifact.details:
         return True
-    needed = [name for name in needed_globals(artifact, allow) if name != _EXAMINED]
+    needed = [name for name in needed_globals(artifact, allow) if name != EXAMINED]
     return weights_only if needed else artifact.details.get("container") == "pickle"
 
 
@@ -184,14 +185,22 @@ def _read_symbolic(
     if key is None and artifact.kind == "lightning-checkpoint":
         key = "state_dict"
     found = read_symbolic(place, artifact)
-    contents = _read_value(found.value, name, key=key, live=live, weights_only=weights_only)
+    contents = _read_value(found.value, name, key=key, live=live, weights_only=weights_only, buffers=found.buffers)
     state = find_state_dict(found.value, key=key, where=name).state
     found.refuse_unreadable(state, name)
     return replace(contents, notes=(*found.notes, *contents.notes))
 
 
-def _read_value(value: Any, name: str, *, key: str | None, live: LiveModel | None, weights_only: bool) -> Contents:
-    """Read a state dict, or the dict of a training script of somebody's own."""
+def _read_value(
+    value: Any,
+    name: str,
+    *,
+    key: str | None,
+    live: LiveModel | None,
+    weights_only: bool,
+    buffers: Sequence[torch.Tensor] = (),
+) -> Contents:
+    """Read a state dict, or the dict of a training script of somebody's own; ``buffers`` are known to be such."""
     found = find_state_dict(value, key=key, where=name)
     entries = [module_entry(found.state)]
     notes = list(_told(found.key, key))
@@ -201,7 +210,9 @@ def _read_value(value: Any, name: str, *, key: str | None, live: LiveModel | Non
         epoch = value["epoch"] if type(value.get("epoch")) is int and value["epoch"] >= 0 else None
         optimizers = [str(k) for k, item in value.items() if isinstance(item, Mapping) and is_numbered(item)]
         if optimizers and not weights_only:
-            naming = name_optimizers([value[k] for k in optimizers], found.state, live)
+            no_parameters = set(map(id, buffers))
+            likely = {k: item for k, item in found.state.items() if id(item) not in no_parameters}
+            naming = name_optimizers([value[k] for k in optimizers], likely, live)
             entries += naming.entries
             notes.append(f"optimizer: taken from {', '.join(map(repr, optimizers))}")
             if naming.note is not None:

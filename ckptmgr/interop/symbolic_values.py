@@ -16,8 +16,9 @@ import torch
 
 from ckptmgr.diagnose.artifact import Artifact
 from ckptmgr.diagnose.byte_source import LocalFile
-from ckptmgr.diagnose.pickle_tree import attributes_of, is_module
-from ckptmgr.diagnose.pickle_values import Dict, Object, Set, Symbol, Tensor, as_mapping, type_words
+from ckptmgr.diagnose.known_globals import EXAMINED
+from ckptmgr.diagnose.pickle_tree import attributes_of, is_module, parts_of_module
+from ckptmgr.diagnose.pickle_values import Dict, Object, Symbol, Tensor, as_mapping, type_words
 from ckptmgr.diagnose.pickled_storages import UnreadablePickleError, locate_storages
 from ckptmgr.diagnose.plain_words import clean, listed
 from ckptmgr.errors import UnsupportedStateError
@@ -54,11 +55,13 @@ class SymbolicFile:
     Attributes:
         value: Dicts, lists, plain values and tensors; each module as a dict of its tensors.
         notes: Which classes were not imported, and where they were looked for.
+        buffers: Those of the tensors in ``value`` that are buffers of a module.
         unreadable: Tensors without elements in ``value``, each with why the real one could not be read.
     """
 
     value: Any
     notes: tuple[str, ...]
+    buffers: tuple[torch.Tensor, ...]
     unreadable: tuple[tuple[torch.Tensor, str], ...]
 
     def refuse_unreadable(self, state: Mapping[str, Any], where: str) -> None:
@@ -97,7 +100,7 @@ def read_symbolic(path: Path, artifact: Artifact) -> SymbolicFile:
     values = _Values(path, reader)
     value = values.of_root(pickled.root)
     refuse_overgrown(value, path)
-    return SymbolicFile(value, _notes(artifact, list(values.classes)), tuple(reader.unreadable))
+    return SymbolicFile(value, _notes(artifact, list(values.classes)), tuple(values.buffers), tuple(reader.unreadable))
 
 
 class _Values:
@@ -105,6 +108,7 @@ class _Values:
 
     def __init__(self, path: Path, reader: TensorReader) -> None:
         self.classes: dict[str, None] = {}
+        self.buffers: list[torch.Tensor] = []
         self._path = path
         self._reader = reader
         self._made: dict[int, Any] = {}
@@ -166,8 +170,7 @@ class _Values:
         """Return the state dict that a module would give: its parameters and buffers, then those of its children."""
         state: dict[str, torch.Tensor] = {}
         while isinstance(module, Object) and module.of in _WRAPPERS:
-            attributes = attributes_of(module)
-            inner = _group(attributes, "_modules").get(_WRAPPERS[module.of])
+            inner = dict(parts_of_module(module)[2]).get(_WRAPPERS[module.of])
             if not is_module(inner):
                 break
             self.classes.setdefault(clean(module.of, 200))
@@ -175,43 +178,34 @@ class _Values:
         pending = [("", module, 0)]
         while pending:
             prefix, part, depth = pending.pop()
-            attributes = attributes_of(part)
-            if not is_module(part) or attributes is None:
+            if not is_module(part):
                 continue
             if depth > _MAX_DEPTH:
                 raise damaged(self._path, f"its modules are nested more than {_MAX_DEPTH} deep")
             self.classes.setdefault(clean(part.of, 200))
-            for name, item in self._own(attributes):
+            parameters, buffers, children = parts_of_module(part)
+            for name, item in (*parameters, *buffers):
                 self._count(prefix, name)
                 full = f"{prefix}{name}"
                 if full in state:
                     raise damaged(self._path, f"two of its tensors are called {clean(full)!r}")
-                if isinstance(item, Tensor):
-                    state[full] = self._reader.tensor(item)
-                else:
-                    state[full] = self._reader.stand_in(f"it is an {clean(type_words(item))}")
-            children = list(_group(attributes, "_modules").items())
+                is_tensor = isinstance(item, Tensor)
+                state[full] = (
+                    self._reader.tensor(item)
+                    if is_tensor
+                    else self._reader.stand_in(f"it is an {clean(type_words(item))}")
+                )
+            self.buffers += [state[f"{prefix}{name}"] for name, _ in buffers]
             for name, _ in children:
                 self._count(prefix, name)
             pending += [(f"{prefix}{name}.", child, depth + 1) for name, child in reversed(children)]
         return state
-
-    def _own(self, attributes: Dict) -> list[tuple[str, Symbol]]:
-        transient = attributes.get("_non_persistent_buffers_set")
-        left_out = {name for name in transient.members if type(name) is str} if isinstance(transient, Set) else ()
-        buffers = [(name, item) for name, item in _group(attributes, "_buffers").items() if name not in left_out]
-        own = [*_group(attributes, "_parameters").items(), *buffers]
-        return [(name, item) for name, item in own if item is not None]
 
     def _count(self, prefix: str, name: str) -> None:
         self._nnames += 1
         self._names_nbytes += len(prefix) + len(name)
         if self._nnames > _MAX_NAMES or self._names_nbytes > _MAX_NAMES_NBYTES:
             raise damaged(self._path, "it names more tensors than any model has: it was made to fill the memory")
-
-
-def _group(attributes: Dict | None, name: str) -> Dict:
-    return (as_mapping(attributes.get(name)) if attributes is not None else None) or Dict()
 
 
 def _notes(artifact: Artifact, classes: list[str]) -> tuple[str, ...]:
@@ -223,9 +217,12 @@ def _notes(artifact: Artifact, classes: list[str]) -> tuple[str, ...]:
     if len(told) > 1:
         notes.append(f"its parts are of {listed(told[1:], _SHOWN)}")
     others = [use for use in artifact.globals if use.verdict != "plain" and use.name not in classes]
-    harmless = [f"{use.name} ({use.found})" if use.found else use.name for use in others if use.verdict == "code"]
-    if harmless:
-        notes.append(f"it also names {listed(harmless, _SHOWN)}")
+    # Python's own are nobody's that could be gone; nor is what makes a tensor of a plain pickle.
+    code = [use for use in others if use.verdict == "code" and use.found and use.name != EXAMINED]
+    if code:
+        notes.append(
+            f"not read, as they are objects of {listed([f'{use.name} ({use.found})' for use in code], _SHOWN)}"
+        )
     dangerous = [use.name for use in others if use.verdict == "dangerous"]
     if dangerous:
         notes.append(f"unpickling it would run {listed(dangerous, _SHOWN)}: do not load it in another way")
