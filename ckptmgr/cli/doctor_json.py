@@ -33,7 +33,7 @@ def as_document(diagnosis: Diagnosis) -> dict[str, Any]:
             {"name": it.name, "then": it.then, "now": it.now, "grade": it.grade, "why": it.why}
             for it in diagnosis.drifts
         ],
-        "advice": list(artifact.advice),
+        "advice": list(diagnosis.advice),
         "details": _plain(artifact.details),
     }
     if diagnosis.against is not None:

@@ -44,7 +44,7 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     if any(drift.grade != "info" for drift in diagnosis.drifts):
         title += ", the likeliest cause of a failure first"
     _section(title, drift_lines(diagnosis.drifts))
-    _section("next", _advice(diagnosis))
+    _section("next", diagnosis.advice)
 
 
 def _print_difference(diagnosis: Diagnosis, difference: Difference) -> None:
@@ -84,14 +84,6 @@ def _print_difference(diagnosis: Diagnosis, difference: Difference) -> None:
     ]
     if difference.proposals or left:
         _section("and then", left or ["nothing is left: it fits"])
-
-
-def _advice(diagnosis: Diagnosis) -> Sequence[str]:
-    difference = diagnosis.difference
-    if difference is None or difference.fits:
-        return diagnosis.artifact.advice
-    # As it is, it does not load: what would load it stands above.
-    return [line for line in diagnosis.artifact.advice if "load_state_dict(" not in line]
 
 
 def _proposals(proposals: Sequence[Proposal]) -> Iterator[tuple[str, ...]]:

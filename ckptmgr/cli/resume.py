@@ -23,6 +23,7 @@ from ckptmgr.cli.nproc import (
 from ckptmgr.errors import NotAllowedError, ResumeRefusedError, RunInUseError, UsageError
 from ckptmgr.launch.requested import STRICT_VARIABLE
 from ckptmgr.launch.torchrun import MAX_PROCESSES
+from ckptmgr.run.imported import source_of, ways_on
 from ckptmgr.run.life import life_of
 from ckptmgr.run.reference import Reference
 
@@ -313,6 +314,14 @@ def _newest_start(run: OpenRun) -> StartRecord:
     for attempt in [attempt for attempt in starts if attempt.line or not attempt.end] or starts:
         assert attempt.start is not None
         return attempt.start
+    newest = next(run.catalog.newest_first(), None)
+    source = source_of(newest) if newest is not None else None
+    if newest is not None and source is not None:
+        raise ResumeRefusedError(
+            f"{run.run_dir} was imported, from {source}: no program has trained in it",
+            why="there is no command that could be started again",
+            next="; ".join(ways_on(newest, run.run_dir)),
+        )
     problems = [explain(problem) for attempt in attempts for problem in attempt.problems]
     raise ResumeRefusedError(
         f"nothing tells how {run.catalog.storage.url} was started",

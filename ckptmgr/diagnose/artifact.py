@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
-__all__ = ["Artifact", "Certainty", "GlobalUse", "TensorFacts"]
+__all__ = ["Artifact", "Certainty", "GlobalUse", "TensorFacts", "is_damaged"]
+
+_DAMAGED_KINDS: Final = ("torch-truncated", "zip-truncated", "empty", "zeros")
+_DAMAGED: Final = re.compile(
+    r"\b(truncated|damaged|cut off|not intact|header cannot be read)\b"
+    r"|\b(shard is|shards are|files of it are|records of tensors are) missing"
+)
 
 Certainty: TypeAlias = Literal["certain", "likely", "unknown"]
 
@@ -76,3 +83,11 @@ class Artifact:
     problems: tuple[str, ...] = ()
     advice: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def is_damaged(artifact: Artifact) -> bool:
+    """Say whether bytes of it are missing, or not those that were written."""
+    # Names of classes are whatever their authors liked.
+    names = tuple(f"{use.name}:" for use in artifact.globals)
+    told = (problem for problem in artifact.problems if not problem.startswith(names))
+    return artifact.kind in _DAMAGED_KINDS or any(_DAMAGED.search(problem) for problem in told)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from ckptmgr.diagnose.artifact import Artifact, TensorFacts
+from ckptmgr.diagnose.artifact import Artifact, TensorFacts, is_damaged
 from ckptmgr.diagnose.difference import Difference, selection_code
 from ckptmgr.diagnose.drift import Drift, grade
 from ckptmgr.diagnose.match import match
@@ -25,11 +24,6 @@ __all__ = ["Diagnosis", "Look", "diagnose"]
 Look: TypeAlias = Callable[[str], Artifact]
 
 _RUN_KINDS = ("run", "run-checkpoint")
-_DAMAGED_KINDS = ("torch-truncated", "zip-truncated", "empty", "zeros")
-_DAMAGED = re.compile(
-    r"\b(truncated|damaged|cut off|not intact|header cannot be read)\b"
-    r"|\b(shard is|shards are|files of it are|records of tensors are) missing"
-)
 _LIGHTNINGS = ("lightning", "pytorch-lightning")
 
 
@@ -65,6 +59,13 @@ class Diagnosis:
         is_known = self.artifact.kind != "unknown" and not self.artifact.problems and not self.is_damaged
         is_safe = all(use.verdict != "dangerous" for use in self.artifact.globals)
         return is_known and is_safe and self.uncomparable is None and (self.difference is None or self.difference.fits)
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What reads it. Where it does not fit its model, nothing that would load it into that as it is."""
+        if self.difference is None or self.difference.fits:
+            return self.artifact.advice
+        return tuple(line for line in self.artifact.advice if "load_state_dict(" not in line)
 
     def code(self) -> tuple[str, ...]:
         """Return the lines that read the tensors, apply all proposals that are not unknown, and load the result."""
@@ -114,12 +115,8 @@ def diagnose(
         reading=(*_reading(place, artifact), *building),
         reference=recorded[2] if recorded is not None else None,
         selection=_selection(difference, recorded[1]) if difference is not None and recorded is not None else None,
-        is_damaged=_is_damaged(artifact),
+        is_damaged=is_damaged(artifact),
     )
-
-
-def _is_damaged(artifact: Artifact) -> bool:
-    return artifact.kind in _DAMAGED_KINDS or any(_DAMAGED.search(problem) for problem in artifact.problems)
 
 
 def _recorded(place: str, artifact: Artifact) -> tuple[Catalog, Manifest, str] | None:

@@ -167,6 +167,7 @@ def _inflated(source: ByteSource, packed: Artifact) -> Artifact:
         found,
         nbytes=source.nbytes,
         title=f"{found.title}, compressed ({packed.kind})",
+        advice=("unpack it first", *(line for line in found.advice if "ckptmgr import" not in line)),
         details={**found.details, "compressed": packed.kind},
     )
 

@@ -6,7 +6,7 @@ import _compat_pickle
 import sys
 from typing import Final, Literal, TypeAlias
 
-__all__ = ["HARMLESS_BUILTINS", "PLAIN", "Verdict", "old_name", "verdict_of"]
+__all__ = ["EXAMINED", "HARMLESS_BUILTINS", "PLAIN", "Verdict", "old_name", "verdict_of"]
 
 Verdict: TypeAlias = Literal["plain", "code", "dangerous"]
 
@@ -48,6 +48,9 @@ PLAIN: Final = frozenset(
     | _with("torch.", "per_tensor_affine per_tensor_symmetric")
 )
 """The globals that `torch.load(weights_only=True)` of PyTorch 2.13 takes, when nobody has added any."""
+
+EXAMINED: Final = "torch.storage._load_from_bytes"
+"""What makes a tensor of a plain pickle. It would unpickle the bytes that it is given, and these are looked into."""
 
 HARMLESS_BUILTINS: Final = _words(
     "Ellipsis NotImplemented bool bytearray bytes complex dict enumerate float frozenset int list object range reversed"

@@ -18,7 +18,15 @@ from typing import Any
 from ckptmgr.diagnose.artifact import TensorFacts
 from ckptmgr.errors import CkptmgrError, UsageError
 
-__all__ = ["build_model", "building_lines", "facts_of_module", "model_arguments", "model_facts", "named_object"]
+__all__ = [
+    "build_model",
+    "building_lines",
+    "call_named",
+    "facts_of_module",
+    "model_arguments",
+    "model_facts",
+    "named_object",
+]
 
 _EXAMPLE = "--model my_pkg.models:Net, or --model my_pkg.models:build with --model-arg width=8"
 _ONLY_BUILD = "name what builds the model, and nothing else"
@@ -49,8 +57,7 @@ def build_model(factory: str, arguments: Mapping[str, Any] | None = None) -> Any
 
     target = named_object(factory)
     if isinstance(target, nn.Module):
-        if arguments:
-            raise UsageError(f"{factory!r} is a module already", why="arguments are for a class or a function")
+        _refuse_arguments(factory, arguments)
         return target
     if not callable(target):
         raise UsageError(
@@ -63,14 +70,7 @@ def build_model(factory: str, arguments: Mapping[str, Any] | None = None) -> Any
     except Exception:
         # It may compute with its weights, or load some: then it needs real ones.
         torch.set_rng_state(rng)
-        try:
-            built = target(**dict(arguments or {}))
-        except Exception as error:
-            raise _failed(
-                f"{factory!r} failed", error, "correct it, or give it arguments: --model-arg NAME=VALUE"
-            ) from error
-        except SystemExit as error:
-            raise _failed(f"{factory!r} ended the process", error, _ONLY_BUILD) from error
+        built = _called(target, factory, arguments)
     except SystemExit as error:
         raise _failed(f"{factory!r} ended the process", error, _ONLY_BUILD) from error
     if not isinstance(built, nn.Module):
@@ -80,6 +80,37 @@ def build_model(factory: str, arguments: Mapping[str, Any] | None = None) -> Any
             next="name a class of torch.nn.Module, or a function that returns an instance of one",
         )
     return built
+
+
+def call_named(factory: str, arguments: Mapping[str, Any] | None = None) -> Any:
+    """Import what ``pkg.module:name`` names and call it; a module, and what cannot be called, is returned as it is.
+
+    Raises:
+        UsageError: There is no such thing, it fails, or arguments are given to what is not called.
+    """
+    from torch import nn
+
+    target = named_object(factory)
+    if callable(target) and not isinstance(target, nn.Module):
+        return _called(target, factory, arguments)
+    _refuse_arguments(factory, arguments)
+    return target
+
+
+def _refuse_arguments(factory: str, arguments: Mapping[str, Any] | None) -> None:
+    if arguments:
+        raise UsageError(f"{factory!r} is an object already", why="arguments are for a class or a function")
+
+
+def _called(target: Any, factory: str, arguments: Mapping[str, Any] | None) -> Any:
+    try:
+        return target(**dict(arguments or {}))
+    except Exception as error:
+        raise _failed(
+            f"{factory!r} failed", error, "correct it, or give it arguments: --model-arg NAME=VALUE"
+        ) from error
+    except SystemExit as error:
+        raise _failed(f"{factory!r} ended the process", error, _ONLY_BUILD) from error
 
 
 def facts_of_module(module: Any) -> tuple[TensorFacts, ...]:

@@ -13,6 +13,7 @@ from ckptmgr.errors import CkptmgrError
 from ckptmgr.format.layout import CHECKPOINTS, RUN_MARKER, CheckpointId
 from ckptmgr.format.manifest import Manifest
 from ckptmgr.run.catalog import Catalog
+from ckptmgr.run.imported import source_of, ways_on
 from ckptmgr.run.reference import URL_PREFIX, parse_reference
 from ckptmgr.storage.open import open_storage
 from ckptmgr.words import printable_place
@@ -102,9 +103,20 @@ def run_directory(place: str, options: Mapping[str, Any] | None) -> Artifact:
         tensors=_tensors(newest) if newest is not None else None,
         contents=_contents(newest) if newest is not None else {},
         problems=tuple(problems[:20]),
-        advice=(f"ckptmgr show {typed}", f"ckptmgr resume {typed}", f"ckptmgr verify {typed} reads every byte"),
+        advice=(
+            f"ckptmgr show {typed}",
+            *_going_on(catalog, newest, shown),
+            f"ckptmgr verify {typed} reads every byte",
+        ),
         details=details,
     )
+
+
+def _going_on(catalog: Catalog, newest: Manifest | None, shown: str) -> tuple[str, ...]:
+    is_imported = newest is not None and source_of(newest) is not None
+    if newest is not None and is_imported and not any("start" in records for records in catalog.attempts.values()):
+        return ways_on(newest, shown)
+    return (f"ckptmgr resume {shlex.quote(shown)}",)
 
 
 def run_checkpoint(run_dir: str, selector: str, options: Mapping[str, Any] | None, *, place: str) -> Artifact:

@@ -155,14 +155,19 @@ def _strided(args: Sequence[Symbol], dtype: str | None = None) -> Symbol:
     shape, stride = shape_of(args[2]), shape_of(args[3])
     if shape is None or type(args[1]) is not int or args[1] < 0:
         return None
-    return Tensor(dtype or args[0].dtype, shape, args[0], args[1], stride or ())
+    metadata = args[6] if len(args) > 6 and dtype is None else args[7] if len(args) > 7 else None
+    return Tensor(dtype or args[0].dtype, shape, args[0], args[1], stride or (), _math_bit(metadata))
+
+
+def _math_bit(metadata: Symbol) -> str | None:
+    for key, word in (("conj", "conjugate"), ("neg", "negative")):
+        if isinstance(metadata, Dict) and metadata.get(key) is True:
+            return word
+    return None
 
 
 def _strided_v3(args: Sequence[Symbol]) -> Symbol:
-    made = _strided(args, _dtype_name(args[6])) if len(args) > 6 else None
-    if isinstance(made, Tensor):
-        made.note = "untyped storage"
-    return made
+    return _strided(args, _dtype_name(args[6])) if len(args) > 6 else None
 
 
 def _first(args: Sequence[Symbol]) -> Symbol:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-from ckptmgr.diagnose.pickle_values import Symbol
+from ckptmgr.diagnose.pickle_values import Storage, Symbol
 
 __all__ = ["LIMITS", "TORCH_MAGIC", "PickleFacts", "PickleLimits"]
 
@@ -49,6 +49,7 @@ class PickleFacts:
         end: Offset behind ``STOP``, or where following it ended.
         ninstructions: How many were followed.
         has_joblib_arrays: Arrays lie between the instructions, as joblib writes them.
+        storages: Key → storage that it names; one with its own ``start`` lies within it.
         sources: Class → its source file, where an old file of torch recorded it.
     """
 
@@ -61,4 +62,5 @@ class PickleFacts:
     end: int = 0
     ninstructions: int = 0
     has_joblib_arrays: bool = False
+    storages: dict[str, Storage] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from ckptmgr.diagnose.pickle_calls import array_from_state, call, numpy_dtype, n
 from ckptmgr.diagnose.pickle_facts import LIMITS, TORCH_MAGIC, PickleFacts, PickleLimits
 from ckptmgr.diagnose.pickle_opcodes import AmbiguousPickleError, BadPickleError, Blob, LongText, instructions
 from ckptmgr.diagnose.pickle_stack import LimitReachedError, PickleStack
-from ckptmgr.diagnose.pickle_values import Array, Dict, Global, Object, Set, Symbol
+from ckptmgr.diagnose.pickle_values import Array, Dict, Global, Object, Set, Storage, Symbol
 
 __all__ = ["describe_pickle"]
 
@@ -243,7 +243,10 @@ class _Machine(PickleStack):
             of, file, text = identity[1:]
             if isinstance(of, Global) and isinstance(file, str) and isinstance(text, (str, LongText)):
                 self.facts.sources[of.name] = file
-        self._push_made(storage_from_id(identity))
+        storage = storage_from_id(identity)
+        if isinstance(storage, Storage):
+            self.facts.storages.setdefault(storage.root, storage)
+        self._push_made(storage)
 
     def _do_next_buffer(self, _: None) -> None:
         self._push_made(Blob(-1, 0, b""))
@@ -343,6 +346,9 @@ class _Machine(PickleStack):
         if getattr(storage, "key", None) is None:
             return self._unexamined()
         storage.key = f"{self._window.position}/{storage.key}"
+        if blob.start >= 0 and int.from_bytes(inside.read(position, 8), "little") == storage.numel:
+            storage.start = blob.start + position + 8
+        self.facts.storages[storage.key] = storage
         return storage
 
     def _unexamined(self) -> Object:

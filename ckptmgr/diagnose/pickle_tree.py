@@ -10,7 +10,7 @@ from ckptmgr.diagnose.artifact import TensorFacts
 from ckptmgr.diagnose.pickle_values import Array, Dict, Object, Set, Symbol, Tensor, as_mapping, in_words, type_words
 from ckptmgr.diagnose.plain_words import clean, listed, plural
 
-__all__ = ["Recognised", "recognise", "tensor_facts", "tensors_in"]
+__all__ = ["Recognised", "attributes_of", "is_module", "parts_of_module", "recognise", "tensor_facts", "tensors_in"]
 
 _MAX_DEPTH = 40
 _MAX_VISITS = 400_000
@@ -63,6 +63,29 @@ _TRAINING_KEYS: Final = frozenset(
         "config",
         "hparams",
         "arch",
+    ]
+)
+_OF_EVERY_MODULE: Final = frozenset(
+    [
+        "training",
+        "_backend",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_buffers",
+        "_compiled_call_impl",
+        "_forward_hooks",
+        "_forward_hooks_always_called",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+        "_is_full_backward_hook",
+        "_load_state_dict_post_hooks",
+        "_load_state_dict_pre_hooks",
+        "_modules",
+        "_non_persistent_buffers_set",
+        "_parameters",
+        "_state_dict_hooks",
+        "_state_dict_pre_hooks",
     ]
 )
 
@@ -119,7 +142,7 @@ def _recognise(root: Symbol, left: _Budget) -> Recognised:
             "pickled-module",
             f"a whole pickled module of class {clean(root.of)}",
             _tensors(root, left),
-            **_of(root, left),
+            contents=_module_contents(root, left),
         )
     mapping = as_mapping(root)
     if mapping is not None and len(mapping):
@@ -134,7 +157,7 @@ def _recognise(root: Symbol, left: _Budget) -> Recognised:
 
 def is_module(value: Symbol) -> bool:
     """Say whether an object is a `torch.nn.Module`, by the attributes that it is given."""
-    state = _state_of(value)
+    state = attributes_of(value)
     return state is not None and {"_parameters", "_modules"} <= set(state.keys())
 
 
@@ -186,18 +209,33 @@ def _walk(root: Symbol, left: _Budget) -> Iterator[tuple[str, Tensor | Array]]:
 
 def _parts(value: Symbol, left: _Budget) -> list[tuple[str, Symbol]]:
     if is_module(value):
-        state = _state_of(value)
-        parts: list[tuple[str, Symbol]] = []
-        for group in ("_parameters", "_buffers", "_modules"):
-            inner = as_mapping(state.get(group)) if state is not None else None
-            if inner is not None and left.has(len(inner)):
-                parts += inner.items()
-        return parts
+        parts = [part for group in parts_of_module(value) for part in group]
+        return parts if left.has(len(parts)) else []
     mapping = as_mapping(value)
     return list(mapping.items()) if mapping is not None and left.has(len(mapping)) else []
 
 
-def _state_of(value: Symbol) -> Dict | None:
+def parts_of_module(
+    value: Symbol,
+) -> tuple[list[tuple[str, Symbol]], list[tuple[str, Symbol]], list[tuple[str, Symbol]]]:
+    """Return a module's own parameters, its buffers, and its children, by name, as its state dict would have them.
+
+    A parameter that is None is none, and a buffer that is not persistent is in no state dict.
+    """
+    attributes = attributes_of(value) or Dict()
+    groups = [as_mapping(attributes.get(name)) or Dict() for name in ("_parameters", "_buffers", "_modules")]
+    parameters, buffers, children = (
+        [(name, item) for name, item in group.items() if item is not None] for group in groups
+    )
+    transient = attributes.get("_non_persistent_buffers_set")
+    if isinstance(transient, Set):
+        left_out = {name for name in transient.members if type(name) is str}
+        buffers = [(name, item) for name, item in buffers if name not in left_out]
+    return parameters, buffers, children
+
+
+def attributes_of(value: Symbol) -> Dict | None:
+    """Return the attributes that an object is given, by name; None where there are none, or in a form of its own."""
     if not isinstance(value, Object):
         return None
     state = value.state[0] if isinstance(value.state, tuple) and value.state else value.state
@@ -206,8 +244,21 @@ def _state_of(value: Symbol) -> Dict | None:
 
 def _of(value: Symbol, left: _Budget) -> Mapping[str, Any]:
     """Return the contents of an object that is nothing in particular."""
-    mapping = as_mapping(value) or _state_of(value)
+    mapping = as_mapping(value) or attributes_of(value)
     return {"contents": _contents(mapping, left)} if mapping is not None else {}
+
+
+def _module_contents(module: Object, left: _Budget) -> dict[str, str]:
+    """Return a module's class, those of its children, and what its author gave it: not what every module has."""
+    attributes = attributes_of(module) or Dict()
+    children = as_mapping(attributes.get("_modules")) or Dict()
+    contents = {"class": clean(module.of, 200)}
+    for name, child in children.items() if left.has(len(children)) else ():
+        if len(contents) >= MAX_CONTENTS:
+            break
+        contents[clean(name)] = clean(child.of if isinstance(child, Object) else in_words(child), 200)
+    own = Dict([(key, value) for key, value in attributes.items() if key not in _OF_EVERY_MODULE])
+    return {**contents, **_contents(own, left)}
 
 
 def _contents(mapping: Dict, left: _Budget) -> dict[str, str]:
@@ -369,7 +420,7 @@ def _some(mapping: Dict) -> list[tuple[str, Symbol]]:
 
 def _object(root: Object, left: _Budget) -> Recognised:
     of = clean(root.of)
-    state = _state_of(root)
+    state = attributes_of(root)
     found = Recognised("pickle", f"a pickled object of class {of}", **_of(root, left))
     if root.of.startswith("sklearn."):
         found.kind, found.title = "sklearn-pickle", f"a scikit-learn {of.rpartition('.')[2]}, pickled"

@@ -86,17 +86,36 @@ class Storage:
         key: Name of the record, or number in the file.
         location: Device that it was on, such as ``cuda:0``.
         numel: Elements.
+        start: Offset of its bytes in the source of the pickle, where they lie within the pickle itself.
     """
 
     dtype: str
     key: str
     location: str
     numel: int
+    start: int | None = None
+
+    @property
+    def root(self) -> str:
+        """Key of the storage that this one is a view of, in files of before 2018; else its own."""
+        return self.key.partition("+")[0]
+
+    @property
+    def first(self) -> int:
+        """Where a view begins in that storage, in elements."""
+        offset = self.key.partition("+")[2]
+        return int(offset) if offset.removeprefix("-").isdecimal() and len(offset) < 20 else 0
 
 
 @dataclass(slots=True, eq=False)
 class Tensor:
-    """A tensor without its elements. See `Storage`; None where it has none of its own."""
+    """A tensor without its elements.
+
+    Attributes:
+        storage: None where it has none of its own.
+        offset, stride: In elements.
+        note: What else there is to it: ``sparse``; ``conjugate`` or ``negative`` where its memory holds that.
+    """
 
     dtype: str
     shape: tuple[int, ...]

@@ -9,6 +9,7 @@ from typing import Any
 from ckptmgr.diagnose.artifact import Artifact, GlobalUse
 from ckptmgr.diagnose.global_uses import global_uses
 from ckptmgr.diagnose.installed import compared, installed_version
+from ckptmgr.diagnose.known_globals import EXAMINED
 from ckptmgr.diagnose.pickle_facts import PickleFacts
 from ckptmgr.diagnose.pickle_tree import Recognised, recognise, tensor_facts
 from ckptmgr.diagnose.pickle_values import Storage
@@ -24,6 +25,8 @@ _CONTAINERS = {
     "joblib": "joblib",
 }
 
+# Of these the tensors can be read from the bytes of the file.
+_READABLE = ("torch-zip", "torch-legacy", "pickle")
 _READERS = {"lightning": ("lightning", "pytorch-lightning"), "scikit-learn": ("scikit-learn",)}
 _DAMAGE = ("truncated", "damaged", "cut off", "are missing", "declared to need", "lies outside")
 
@@ -139,11 +142,16 @@ def _advice(
 ) -> tuple[str, ...]:
     typed = shlex.quote(clean(place, 1000))
     verdicts = {use.verdict for use in uses}
+    can_be_read = container in _READABLE and bool(found.weights)
+    without_classes = f"ckptmgr import {typed} RUN_DIR --weights-only  # takes its tensors, without its classes"
     if "dangerous" in verdicts or is_ambiguous:
-        return (
+        lines = [
             "do not load it with pickle, joblib or weights_only=False: it would run more than its own classes",
             "ask whoever made it for the weights alone, as safetensors or a state dict",
-        )
+        ]
+        if can_be_read and is_whole and not is_ambiguous:
+            lines.append(f"{without_classes}, and runs nothing of it")
+        return tuple(lines)
     if not is_whole:
         return ("it is not what was written: copy or download it again, and compare the sizes",)
     is_torch = container.startswith("torch")
@@ -159,12 +167,15 @@ def _advice(
     if kind == "optimizer-state":
         lines.append(f"optimizer.load_state_dict({load}); the weights are in another file")
     if kind == "pickled-module" or "pickled_module" in found.details:
+        if can_be_read:
+            lines.append(f"ckptmgr import {typed} RUN_DIR  # takes its tensors, without its classes")
         lines.append("this is a whole pickled module: it loads only where its classes can be imported as they were")
         part = f"[{found.weights_key!r}]" if found.weights_key else ""
         lines.append(f"there, and if you trust it: torch.save({load}{part}.state_dict(), 'weights.pt')")
-        lines.append("then: ckptmgr import weights.pt RUN_DIR")
-    elif kind in ("lightning-checkpoint", "state-dict", "trainer-checkpoint") and is_torch and "code" not in verdicts:
-        lines.append(f"ckptmgr import {typed} RUN_DIR")
+        lines += [] if can_be_read else ["then: ckptmgr import weights.pt RUN_DIR"]
+    elif can_be_read and kind in ("lightning-checkpoint", "state-dict", "trainer-checkpoint"):
+        needs_code = any(use.verdict == "code" and use.name != EXAMINED for use in uses)
+        lines.append(without_classes if needs_code else f"ckptmgr import {typed} RUN_DIR")
     if kind in ("lightning-checkpoint", "trainer-checkpoint", "state-dict") and "pickled_module" not in found.details:
         part = f"[{found.weights_key!r}]" if found.weights_key else ""
         lines.append(f"model.load_state_dict({load}{part})")

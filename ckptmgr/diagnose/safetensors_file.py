@@ -8,38 +8,38 @@ from typing import Any
 
 from ckptmgr.diagnose.artifact import Artifact, TensorFacts
 from ckptmgr.diagnose.byte_source import ByteSource
-from ckptmgr.diagnose.pickle_calls import shape_of
 from ckptmgr.diagnose.plain_words import clean, listed, plural
-from ckptmgr.diagnose.small_json import bounded_json
+from ckptmgr.errors import CorruptCheckpointError
+from ckptmgr.format.encoding import numel
+from ckptmgr.format.safetensors_header import MAX_HEADER_NBYTES, SAFETENSORS_NBITS, Claim, parse_header
 from ckptmgr.words import format_nbytes
 
 __all__ = ["looks_like_safetensors", "read_safetensors", "safetensors_file"]
 
-MAX_HEADER_NBYTES = 100_000_000  # the format's own limit
 MAX_READ_NBYTES = 32 << 20
 _DTYPES = {
-    "BOOL": ("bool", 8),
-    "U8": ("uint8", 8),
-    "I8": ("int8", 8),
-    "F8_E5M2": ("float8_e5m2", 8),
-    "F8_E4M3": ("float8_e4m3fn", 8),
-    "F8_E8M0": ("float8_e8m0fnu", 8),
-    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8),
-    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
-    "F4": ("float4_e2m1fn_x2", 4),
-    "F6_E2M3": ("float6_e2m3", 6),
-    "F6_E3M2": ("float6_e3m2", 6),
-    "I16": ("int16", 16),
-    "U16": ("uint16", 16),
-    "F16": ("float16", 16),
-    "BF16": ("bfloat16", 16),
-    "I32": ("int32", 32),
-    "U32": ("uint32", 32),
-    "F32": ("float32", 32),
-    "C64": ("complex64", 64),
-    "F64": ("float64", 64),
-    "I64": ("int64", 64),
-    "U64": ("uint64", 64),
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F4": "float4_e2m1fn_x2",
+    "F6_E2M3": "float6_e2m3",
+    "F6_E3M2": "float6_e3m2",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "C64": "complex64",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
 }
 _MAX_PROBLEMS = 20
 
@@ -62,26 +62,24 @@ def read_safetensors(
     if 8 + nheader > source.nbytes:
         problem = f"truncated: its header alone needs {8 + nheader} bytes, the file ends after {source.nbytes}"
         return (), {}, [problem], None
+    if nheader > MAX_READ_NBYTES:
+        return (), {}, ["its header cannot be read: it is too large to look into"], None
     try:
-        header = bounded_json(source.read(8, min(nheader, MAX_READ_NBYTES + 1)))
-        if not isinstance(header, dict):
-            raise ValueError("it is not an object")
-    except ValueError as error:
-        return (), {}, [f"its header cannot be read: {clean(str(error))}"], None
-    raw = header.pop("__metadata__", {})
-    pairs = list(raw.items())[:100] if isinstance(raw, dict) else []
-    metadata = {clean(key): clean(str(value), 200) for key, value in pairs if isinstance(value, str)}
+        header = parse_header(lambda start, stop: source.read(start, stop - start), source.nbytes)
+    except CorruptCheckpointError as error:
+        why = (error.why or error.what).removeprefix("its header is ")
+        return (), {}, [f"its header cannot be read: {clean(why, 500)}"], None
+    metadata = {clean(key): clean(value, 200) for key, value in list(header.metadata.items())[:100]}
     tensors: list[TensorFacts] = []
     problems: list[str] = []
-    spans: list[tuple[int, int]] = []
-    for name, entry in header.items():
-        fact = _tensor(name, entry, spans)
+    for name, claim in header.claims.items():
+        fact = _tensor(name, claim)
         if isinstance(fact, str):
             problems.append(fact)
         else:
             tensors.append(fact)
-    expected = 8 + nheader + max((stop for _, stop in spans), default=0)
-    spans.sort()
+    spans = sorted((claim.begin, claim.end) for claim in header.claims.values())
+    expected = header.data_start + max((stop for _, stop in spans), default=0)
     if any(start < stop for (_, stop), (start, _) in pairwise(spans)):
         problems.append("its tensors lie over each other")
     if expected > source.nbytes:
@@ -95,24 +93,15 @@ def read_safetensors(
     return tuple(tensors), metadata, problems[:_MAX_PROBLEMS], expected
 
 
-def _tensor(name: str, entry: Any, spans: list[tuple[int, int]]) -> TensorFacts | str:
+def _tensor(name: str, claim: Claim) -> TensorFacts | str:
     name = clean(name, 300)
-    if not isinstance(entry, dict):
-        return f"its tensor {name!r} is not described"
-    shape, offsets, code = shape_of(entry.get("shape")), entry.get("data_offsets"), entry.get("dtype")
-    is_span = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets)
-    if shape is None or offsets is None or not is_span or not isinstance(code, str) or offsets[0] > offsets[1]:
-        return f"its tensor {name!r} has no sound dtype, shape and place"
-    dtype, nbits = _DTYPES.get(code, (clean(code, 40), None))
-    spans.append((offsets[0], offsets[1]))
-    if nbits is not None:
-        needed = nbits
-        for size in shape:
-            needed *= size
-        if needed != (offsets[1] - offsets[0]) * 8:
-            have = offsets[1] - offsets[0]
-            return f"its tensor {name!r} of shape {clean(str(list(shape)))} does not fit in its {have} bytes"
-    return TensorFacts(name, dtype, shape)
+    if claim.begin > claim.end:
+        return f"its tensor {name!r} has no sound place"
+    nbits = SAFETENSORS_NBITS.get(claim.dtype)
+    if nbits is not None and numel(claim.shape) * nbits != (claim.end - claim.begin) * 8:
+        have = claim.end - claim.begin
+        return f"its tensor {name!r} of shape {clean(str(list(claim.shape)))} does not fit in its {have} bytes"
+    return TensorFacts(name, _DTYPES.get(claim.dtype, clean(claim.dtype, 40)), claim.shape)
 
 
 def safetensors_file(source: ByteSource, place: str) -> Artifact:

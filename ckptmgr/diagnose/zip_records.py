@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from ckptmgr.diagnose.byte_source import Bytes, ByteSource, Part
 from ckptmgr.diagnose.plain_words import clean
 
-__all__ = ["Archive", "BadZipError", "ZipRecord", "checksum_of", "open_archive", "record_source", "scan_records"]
+__all__ = [
+    "Archive",
+    "BadZipError",
+    "ZipRecord",
+    "checksum_of",
+    "open_archive",
+    "record_source",
+    "record_span",
+    "scan_records",
+]
 
 MAX_DIRECTORY_NBYTES = 64 << 20
 MAX_RECORDS = 400_000
@@ -136,13 +145,8 @@ def record_source(source: ByteSource, record: ZipRecord) -> ByteSource:
     Raises:
         BadZipError: Its local header is damaged, it is packed in another way, or it is too large to inflate.
     """
-    header = source.read(record.start, 30)
-    if len(header) < 30 or not header.startswith(_LOCAL):
-        raise BadZipError(f"the header of its record {clean(record.name)!r} is damaged")
-    name_nbytes, extra_nbytes = struct.unpack_from("<HH", header, 26)
-    if source.read(record.start + 30, name_nbytes) != record.name.encode("utf-8", "replace")[:name_nbytes]:
-        raise BadZipError(f"the header of its record {clean(record.name)!r} has another name")
-    packed = Part(source, record.start + 30 + name_nbytes + extra_nbytes, record.stored_nbytes)
+    start, nbytes = _content(source, record)
+    packed = Part(source, start, nbytes)
     if record.method == 0:
         return packed
     if record.method != 8:
@@ -157,6 +161,27 @@ def record_source(source: ByteSource, record: ZipRecord) -> ByteSource:
     if len(data) != record.nbytes:
         raise BadZipError(f"its record {clean(record.name)!r} is not as long as it says")
     return Bytes(data)
+
+
+def record_span(source: ByteSource, record: ZipRecord) -> tuple[int, int]:
+    """Return where the bytes of a record that is stored as it is begin, and how many there are.
+
+    Raises:
+        BadZipError: Its local header is damaged, or it is packed.
+    """
+    if record.method != 0 or record.stored_nbytes != record.nbytes:
+        raise BadZipError(f"its record {clean(record.name)!r} is packed, which torch never does")
+    return _content(source, record)
+
+
+def _content(source: ByteSource, record: ZipRecord) -> tuple[int, int]:
+    header = source.read(record.start, 30)
+    if len(header) < 30 or not header.startswith(_LOCAL):
+        raise BadZipError(f"the header of its record {clean(record.name)!r} is damaged")
+    name_nbytes, extra_nbytes = struct.unpack_from("<HH", header, 26)
+    if source.read(record.start + 30, name_nbytes) != record.name.encode("utf-8", "replace")[:name_nbytes]:
+        raise BadZipError(f"the header of its record {clean(record.name)!r} has another name")
+    return record.start + 30 + name_nbytes + extra_nbytes, record.stored_nbytes
 
 
 def checksum_of(source: ByteSource, *, chunk_nbytes: int = 1 << 20) -> int:

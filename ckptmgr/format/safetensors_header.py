@@ -23,9 +23,12 @@ __all__ = [
     "MAX_DIMS",
     "MAX_HEADER_NBYTES",
     "SAFETENSORS_NBITS",
+    "Claim",
+    "ClaimedHeader",
     "RangedRead",
     "SafetensorsHeader",
     "SafetensorsTensor",
+    "parse_header",
     "read_header",
 ]
 
@@ -96,6 +99,37 @@ class SafetensorsHeader:
     data_start: int
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a header says of one tensor, unchecked.
+
+    Attributes:
+        dtype: Any text.
+        shape: At most `MAX_DIMS` sizes, in elements.
+        begin, end: Offsets from the start of the data, in bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedHeader:
+    """What a header says, unchecked.
+
+    Attributes:
+        claims: By name, in the order of the header.
+        metadata: Text → text.
+        data_start: Where the data begin, from the start of the file.
+    """
+
+    claims: dict[str, Claim]
+    metadata: dict[str, str]
+    data_start: int
+
+
 def read_header(
     source: BinaryIO | RangedRead, nbytes: int, *, where: str = "the safetensors file"
 ) -> SafetensorsHeader:
@@ -111,6 +145,22 @@ def read_header(
     Raises:
         CorruptCheckpointError: It is no safetensors file, is truncated, or its header contradicts itself or the size.
     """
+    claimed = parse_header(source, nbytes, where=where)
+    try:
+        tensors = _in_place(claimed.claims, claimed.data_start, nbytes)
+    except _Refused as refused:
+        raise _corrupt(where, str(refused)) from None
+    return SafetensorsHeader(tensors, claimed.metadata, claimed.data_start)
+
+
+def parse_header(source: BinaryIO | RangedRead, nbytes: int, *, where: str = "the safetensors file") -> ClaimedHeader:
+    """Read what a header claims, for whoever wants to tell what is wrong with it: no claim is checked.
+
+    Args, time and memory as in `read_header`.
+
+    Raises:
+        CorruptCheckpointError: There is no header, or it is not of the form that the format has.
+    """
     read = source if callable(source) else _ranged(source)
     if nbytes < _LENGTH_NBYTES:
         raise _corrupt(where, f"it has {nbytes} bytes, and a safetensors file begins with eight bytes of length")
@@ -122,25 +172,14 @@ def read_header(
         raise _corrupt(where, f"its header has {length} bytes, and the file only {nbytes}: it is truncated")
     text = _exactly(read, _LENGTH_NBYTES, _LENGTH_NBYTES + length, where)
     try:
-        found, metadata = _Scanner(text).header()
-        tensors = _in_place(found, _LENGTH_NBYTES + length, nbytes)
+        claims, metadata = _Scanner(text).header()
     except _Refused as refused:
         raise _corrupt(where, str(refused)) from None
-    return SafetensorsHeader(tensors, metadata, _LENGTH_NBYTES + length)
+    return ClaimedHeader(claims, metadata, _LENGTH_NBYTES + length)
 
 
 class _Refused(Exception):
     pass
-
-
-@dataclass(frozen=True, slots=True)
-class _Claim:
-    """What an object of the header says; offsets count from the start of the data."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 class _Scanner:
@@ -150,8 +189,8 @@ class _Scanner:
         self._text = text
         self._at = 0
 
-    def header(self) -> tuple[dict[str, _Claim], dict[str, str]]:
-        claims: dict[str, _Claim] = {}
+    def header(self) -> tuple[dict[str, Claim], dict[str, str]]:
+        claims: dict[str, Claim] = {}
         metadata: dict[str, str] | None = None
         self._expect(b"{")
         if not self._take(b"}"):
@@ -191,7 +230,7 @@ class _Scanner:
         self._expect(b"}")
         return found
 
-    def _claim(self, name: str) -> _Claim:
+    def _claim(self, name: str) -> Claim:
         dtype: str | None = None
         numbers: dict[bytes, tuple[int, ...]] = {}
         self._expect(b"{")
@@ -210,7 +249,7 @@ class _Scanner:
         shape, offsets = numbers.get(b"shape"), numbers.get(b"data_offsets", ())
         if dtype is None or shape is None or len(offsets) != 2:
             self._refuse(f"{_shown(name)} lacks its dtype, its shape or its two offsets")
-        return _Claim(_DTYPES.get(dtype, dtype), shape, *offsets)
+        return Claim(_DTYPES.get(dtype, dtype), shape, *offsets)
 
     def _numbers(self, at_most: int) -> tuple[int, ...]:
         self._expect(b"[")
@@ -267,7 +306,7 @@ class _Scanner:
 _DTYPES = {name: name for name in SAFETENSORS_NBITS}
 
 
-def _in_place(claims: dict[str, _Claim], data_start: int, nbytes: int) -> tuple[SafetensorsTensor, ...]:
+def _in_place(claims: dict[str, Claim], data_start: int, nbytes: int) -> tuple[SafetensorsTensor, ...]:
     tensors: list[SafetensorsTensor] = []
     at = 0
     for name, claim in sorted(claims.items(), key=lambda item: (item[1].begin, item[1].end)):

@@ -118,7 +118,9 @@ def read_accelerate(
 
 def _weights(directory: Path, allow: Sequence[str]) -> Mapping[str, Any]:
     names = {path.name for path in directory.iterdir()}
-    if "model.safetensors" in names or "model.safetensors.index.json" in names:
+    has_safetensors = any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names)
+    has_torch = "pytorch_model.bin" in names or "pytorch_model.bin.index.json" in names
+    if "model.safetensors" in names or "model.safetensors.index.json" in names or (has_safetensors and not has_torch):
         return load_directory(directory)
     if "pytorch_model.bin" in names:
         return _one_file(directory, "pytorch_model.bin", allow)

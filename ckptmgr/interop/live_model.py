@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from ckptmgr.diagnose.live_model import call_named
 from ckptmgr.errors import StateMismatchError, UsageError
 from ckptmgr.state.names import ParameterNames
 from ckptmgr.state.optimizer import group_names, unwrap_optimizer
@@ -73,31 +70,18 @@ class LiveModel:
         )
 
 
-def build_model(text: str) -> LiveModel:
+def build_model(text: str, arguments: Mapping[str, Any] | None = None) -> LiveModel:
     """Import and call what the user named.
 
     Args:
-        text: ``package.module:factory``; what it names is called without arguments, and gives a module, a
-            LightningModule (its ``configure_optimizers`` is asked), or a dict of modules and optimizers by name.
+        text: ``package.module:factory``; what it names is called, and gives a module, a LightningModule (its
+            ``configure_optimizers`` is asked), or a dict of modules and optimizers by name.
+        arguments: Keyword arguments for it.
 
     Raises:
         UsageError: It cannot be imported, fails, or gives something else.
     """
-    module_name, colon, attribute = text.partition(":")
-    if not colon or not module_name or not attribute:
-        raise UsageError(f"--model {text!r} names no factory", next="write it as package.module:factory")
-    try:
-        with _importable_here():
-            found: Any = importlib.import_module(module_name)
-            for part in attribute.split("."):
-                found = getattr(found, part)
-            built = found() if callable(found) and not isinstance(found, nn.Module) else found
-    except Exception as error:
-        raise UsageError(
-            f"--model {text!r} could not be built",
-            why=f"{type(error).__name__}: {error}",
-            next="it is imported from here and called without arguments",
-        ) from error
+    built = call_named(text, arguments)
     if isinstance(built, Mapping):
         modules = [value for value in built.values() if isinstance(value, nn.Module)]
         if len(modules) == 1:
@@ -109,16 +93,6 @@ def build_model(text: str) -> LiveModel:
         why="it must give one module, or a dict with one module and its optimizers",
         next="write a function that returns {'model': model, 'optimizer': optimizer}",
     )
-
-
-@contextmanager
-def _importable_here() -> Iterator[None]:
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
 
 
 def _configured(module: nn.Module) -> list[Optimizer]:

@@ -20,6 +20,7 @@ from ckptmgr.errors import CkptmgrError, UsageError
 from ckptmgr.format.layout import MAX_STEP, RUN_MARKER, CheckpointId, attempt_key, payload_stem
 from ckptmgr.format.manifest import EntryRecord, Manifest
 from ckptmgr.format.payload import FilePayload, TensorPayload
+from ckptmgr.interop.cut_off import clear_cut_off_import, removal_command
 from ckptmgr.progress import progress
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.commit import CheckpointFields, commit_sealed, write_files
@@ -38,10 +39,11 @@ __all__ = ["create_run", "open_empty"]
 
 
 def open_empty(run_dir: str, *, storage_options: Mapping[str, Any] | None = None) -> Storage:
-    """Return the storage of a run that is not there yet.
+    """Return the storage of a run that is not there yet. What a killed import has left there is removed.
 
     Raises:
         UsageError: Something is there.
+        RunInUseError: Another import writes there.
     """
     if parse_reference(run_dir).run_dir != run_dir:
         raise UsageError(
@@ -51,14 +53,20 @@ def open_empty(run_dir: str, *, storage_options: Mapping[str, Any] | None = None
         )
     storage = open_storage(run_dir, storage_options=storage_options)
     catalog = Catalog(storage)
+    if clear_cut_off_import(catalog, run_dir):
+        catalog = Catalog(storage)
     others = sorted(catalog.sizes)
     if isinstance(storage, LocalStorage) and not others and Path(storage.url).is_dir():
         # A storage lists what can be its own only. What else lies there is somebody's, too. Empty directories are
         # nobody's: an import that failed leaves them.
         root = Path(storage.url)
         others = [str(p.relative_to(root)) for p in islice((p for p in root.rglob("*") if not p.is_dir()), 4)]
+    next = "give a directory that is empty, or not there yet"
     if catalog.is_run or catalog.committed:
         why = f"it holds a run with {len(catalog.committed)} checkpoints"
+    elif others and all(".tmp-" in other for other in others):
+        command = removal_command(printable_place(run_dir), is_local=True)
+        why, next = "a write that was cut off has left temporary files there", f"if nothing else is in it: {command}"
     elif others:
         why = f"it holds {', '.join(others[:3])}{f' and {len(others) - 3} more' if len(others) > 3 else ''}"
     else:
@@ -66,7 +74,7 @@ def open_empty(run_dir: str, *, storage_options: Mapping[str, Any] | None = None
     raise UsageError(
         f"cannot import into {printable_place(run_dir)}",
         why=why,
-        next="give a directory that is empty, or not there yet",
+        next=next,
     )
 
 

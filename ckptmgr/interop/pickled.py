@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import pickle
 import warnings
 import zipfile
@@ -14,35 +13,34 @@ from typing import Any
 import numpy as np
 import torch
 
+from ckptmgr.diagnose.artifact import Artifact, is_damaged
+from ckptmgr.diagnose.known_globals import verdict_of
+from ckptmgr.diagnose.sniff import sniff
 from ckptmgr.errors import CorruptCheckpointError, NotAllowedError, UsageError
 from ckptmgr.interop.source import is_archive
 
-__all__ = ["MAX_NODES", "load_restricted"]
+__all__ = ["MAX_NODES", "check_allowed", "damaged", "load_restricted", "needed_globals", "refuse_overgrown"]
 
 MAX_NODES = 5_000_000
 """Values in a file beyond which it is taken for one that was made to fill the memory."""
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# A class or function of these can run commands, read files or evaluate code, whatever somebody believes about it.
-_DANGEROUS = _words(
-    "os posix nt posixpath ntpath sys builtins __builtin__ subprocess importlib runpy shutil socket ctypes code codeop"
-    " pickle _pickle cPickle dill cloudpickle joblib marshal pty pdb bdb cProfile profile timeit trace types inspect gc"
-    " operator _operator functools webbrowser urllib http ftplib smtplib requests httpx asyncio multiprocessing"
-    " threading concurrent tempfile fileinput glob io _io zipimport pkgutil pip setuptools commands popen2 platform"
-    " signal logging distutils ensurepip venv idlelib lib2to3 xmlrpc sqlite3 telnetlib imaplib poplib nntplib"
-)
-_DANGEROUS_BELOW = (
-    "torch.hub",
-    "torch.package",
-    "torch.utils",
-    "torch.jit",
-    "torch._dynamo",
-    "torch._inductor",
-    "torch.fx",
+# Of these no class may be allowed, although to import it does no harm: it calls, reads or holds what the file says.
+_NEVER_ALLOWED = (
+    "_functools.",
+    "_io.",
+    "_operator.",
+    "functools.",
+    "io.",
+    "joblib.",
+    "logging.",
+    "operator.",
+    "torch._dynamo.",
+    "torch._inductor.",
+    "torch.fx.",
+    "torch.storage._load",
+    "torch.utils.",
+    "types.",
 )
 # Functions that only put arrays and tensors together.
 _BUILDING_FUNCTIONS = frozenset(
@@ -52,18 +50,32 @@ _BUILDING_FUNCTIONS = frozenset(
 )
 
 
-def load_restricted(path: Path, *, allow: Sequence[str] = ()) -> Any:
+def load_restricted(path: Path, *, allow: Sequence[str] = (), artifact: Artifact | None = None) -> Any:
     """Load a file onto the CPU. No class or function is imported but those of ``allow``.
 
     Args:
         path: The file.
         allow: Names, such as ``my_package.Config``, that the file may use besides.
+        artifact: What `sniff` says of it, where that is known already.
 
     Raises:
         NotAllowedError: It needs more than that; lists all of it. Or an allowed name is dangerous.
         CorruptCheckpointError: It is damaged, or was made to fill the memory.
     """
-    allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(_allowed(name), name) for name in allow]
+    allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = list(check_allowed(allow))
+    if artifact is None:
+        artifact = sniff(path)
+    if is_damaged(artifact):
+        raise damaged(path, "; ".join((artifact.title, *artifact.problems[:3])))
+    if artifact.kind == "torchscript":
+        raise UsageError(
+            f"{path} is a TorchScript archive",
+            why="it holds code beside the weights",
+            next="load it with torch.jit.load, and save its state_dict()",
+        )
+    needed = needed_globals(artifact, allow)
+    if needed:
+        raise _not_allowed(path, needed, artifact)
     is_zip = is_archive(path)
     if is_zip:
         _check_archive(path)
@@ -73,18 +85,30 @@ def load_restricted(path: Path, *, allow: Sequence[str] = ()) -> Any:
     with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
         # torch warns of what its own loader does, for quantized tensors.
         warnings.simplefilter("ignore")
-        needed = _needed_globals(path) if is_zip else []
-        if needed:
-            raise _not_allowed(path, needed)
         try:
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=True if is_zip else None)
         except pickle.UnpicklingError as error:
             raise _refused(path, error) from error
         except Exception as error:
             # Whatever torch meets in a damaged file: EOFError, RuntimeError, KeyError, UnicodeDecodeError …
-            raise _damaged(path, f"{type(error).__name__}: {_first_line(error)}") from error
-    _refuse_overgrown(value, path)
+            raise damaged(path, f"{type(error).__name__}: {_first_line(error)}") from error
+    refuse_overgrown(value, path)
     return value
+
+
+def needed_globals(artifact: Artifact, allow: Sequence[str] = ()) -> list[str]:
+    """Return the classes and functions that loading a file would import, beyond tensors, plain values and ``allow``."""
+    return sorted(use.name for use in artifact.globals if use.verdict != "plain" and use.name not in allow)
+
+
+def check_allowed(allow: Sequence[str]) -> list[tuple[Any, str]]:
+    """Import what the user typed: each class with its name.
+
+    Raises:
+        NotAllowedError: It is a function, or could run commands, read files or evaluate code.
+        UsageError: It cannot be imported.
+    """
+    return [(_allowed(name), name) for name in allow]
 
 
 def _allowed(name: str) -> Any:
@@ -114,7 +138,8 @@ def _allowed(name: str) -> Any:
 
 
 def _refuse_dangerous(name: str, typed: str) -> None:
-    if name.partition(".")[0] in _DANGEROUS or name.startswith(_DANGEROUS_BELOW):
+    module, _, attribute = name.rpartition(".")
+    if verdict_of(module, attribute) == "dangerous" or name.startswith(_NEVER_ALLOWED):
         raise NotAllowedError(
             f"--allow {typed!r} is refused",
             why=f"{name.lstrip('.')} can run commands, read files or evaluate code",
@@ -122,35 +147,26 @@ def _refuse_dangerous(name: str, typed: str) -> None:
         )
 
 
-def _needed_globals(path: Path) -> list[str]:
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(os.fspath(path)))
-    except ValueError as error:
-        if "torchscript" in str(error):
-            raise UsageError(
-                f"{path} is a TorchScript archive",
-                why="it holds code beside the weights",
-                next="load it with torch.jit.load, and save its state_dict()",
-            ) from error
-        raise _damaged(path, _first_line(error)) from error
-    except Exception as error:
-        raise _damaged(path, f"{type(error).__name__}: {_first_line(error)}") from error
-
-
-def _not_allowed(path: Path, needed: Sequence[str]) -> NotAllowedError:
-    dangerous = [n for n in needed if n.partition(".")[0] in _DANGEROUS or n.startswith(_DANGEROUS_BELOW)]
+def _not_allowed(path: Path, needed: Sequence[str], artifact: Artifact) -> NotAllowedError:
+    dangerous = [use.name for use in artifact.globals if use.verdict == "dangerous"]
+    alone = "--weights-only takes its tensors alone, and imports and runs nothing"
     if dangerous:
         return NotAllowedError(
             f"{path} is not loaded: it would run {', '.join(dangerous)}",
             why="these can run commands, read files or evaluate code; they cannot be allowed",
-            next="do not trust this file",
+            next=f"do not trust this file; {alone}",
+        )
+    if artifact.details.get("container") == "pickle":
+        return NotAllowedError(
+            f"{path} is a pickle that torch.save has not written",
+            why=f"to load it would import and call {', '.join(needed)}; nothing was loaded",
+            next=alone,
         )
     options = " ".join(f"--allow {name}" for name in needed)
     return NotAllowedError(
         f"{path} holds more than tensors and plain values: {', '.join(needed)}",
         why="unpickling would import and call these; nothing was loaded",
-        next=f"if you know where the file is from: {options}; else save a plain state dict with the program that wrote "
-        "it",
+        next=f"{alone}; if you know where the file is from: {options}",
     )
 
 
@@ -170,7 +186,7 @@ def _refused(path: Path, error: Exception) -> NotAllowedError | CorruptCheckpoin
             why=lines[0][:300],
             next="if you know where the file is from, allow what it needs by name: --allow package.Class",
         )
-    return _damaged(path, text.partition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or _first_line(error))
+    return damaged(path, text.partition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or _first_line(error))
 
 
 def _check_archive(path: Path) -> None:
@@ -179,14 +195,14 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise _damaged(path, _first_line(error)) from error
+        raise damaged(path, _first_line(error)) from error
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise _damaged(path, "its entries are compressed, which torch.save never does")
+        raise damaged(path, "its entries are compressed, which torch.save never does")
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise _damaged(path, "its entries overlap")
+        raise damaged(path, "its entries overlap")
 
 
-def _refuse_overgrown(value: Any, path: Path) -> None:
+def refuse_overgrown(value: Any, path: Path) -> None:
     """Refuse a value that is larger in memory than in its file: the same list in itself a thousand times, and so on."""
     budget = MAX_NODES
     stack = [value]
@@ -194,7 +210,7 @@ def _refuse_overgrown(value: Any, path: Path) -> None:
         item = stack.pop()
         budget -= 1
         if budget < 0:
-            raise _damaged(path, f"it holds more than {MAX_NODES} values: it was made to fill the memory")
+            raise damaged(path, f"it holds more than {MAX_NODES} values: it was made to fill the memory")
         if isinstance(item, torch.Tensor):
             _refuse_expanded(item, path)
         elif isinstance(item, dict):
@@ -209,10 +225,11 @@ def _refuse_expanded(tensor: torch.Tensor, path: Path) -> None:
         return
     nbytes = tensor.numel() * tensor.element_size()
     if nbytes > 2**26 and nbytes > 2 * tensor.untyped_storage().nbytes():
-        raise _damaged(path, f"a tensor of {tuple(tensor.shape)} has {tensor.untyped_storage().nbytes()} bytes only")
+        raise damaged(path, f"a tensor of {tuple(tensor.shape)} has {tensor.untyped_storage().nbytes()} bytes only")
 
 
-def _damaged(path: Path, why: str) -> CorruptCheckpointError:
+def damaged(path: Path, why: str) -> CorruptCheckpointError:
+    """Return the error for a file that cannot be read."""
     return CorruptCheckpointError(
         f"{path} cannot be read", why=why, next="copy or download it again; `ckptmgr doctor` tells more about it"
     )

@@ -1,36 +1,31 @@
-"""What an import is given: its kind, and its files, none of which may lie outside of it."""
+"""What an import is given: recognised as the doctor does it, and its files, none of which may lie outside of it."""
 
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
-from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
-from ckptmgr.format.layout import RUN_MARKER
+from ckptmgr.diagnose.artifact import Artifact, is_damaged
+from ckptmgr.diagnose.kinds import KINDS
+from ckptmgr.diagnose.sniff import sniff
+from ckptmgr.errors import CheckpointNotFoundError, CkptmgrError, CorruptCheckpointError, UsageError
 from ckptmgr.storage.redact import printable_url
 
-__all__ = ["KINDS", "is_archive", "kind_of", "member", "open_source"]
+__all__ = ["is_archive", "kind_words", "member", "open_source", "recognise_source"]
 
-KINDS = {
-    "torch-file": "a file of torch.save",
-    "safetensors": "a safetensors file",
-    "safetensors-directory": "a directory of safetensors files",
-    "dcp": "a checkpoint of torch.distributed.checkpoint",
-    "accelerate-state": "a directory of Accelerator.save_state",
-    "transformers-trainer": "a checkpoint of transformers' Trainer",
-    "huggingface-model": "a Hugging Face model directory",
+_DIRECTORIES: Final = {
+    "dcp": "dcp",
+    "safetensors-sharded": "safetensors-sharded",
+    "transformers-trainer": "transformers-trainer",
+    "accelerate": "accelerate",
+    "hf-model": "hf-model",
+    "peft-adapter": "safetensors-sharded",
 }
-
-_MAX_HEADER_NBYTES = 100 * 1000 * 1000
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_NOT_A_MODEL = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "git lfs pull"),
-    (b"<", "a page of HTML or XML, as a failed download leaves it", "download it again, and log in first if need be"),
-    (b"GGUF", "a GGUF file", "convert it with the tool that wrote it, to safetensors"),
-    (b"\x89HDF", "an HDF5 file, as Keras writes it", "load it with Keras, and save its weights as safetensors"),
-    (b"\x93NUMPY", "a NumPy array", "save a state dict with torch.save or safetensors"),
-    (b"\x1f\x8b", "compressed with gzip", "unpack it first"),
-)
+_TORCH_WEIGHTS: Final = frozenset(["pytorch_model.bin", "pytorch_model.bin.index.json"])
+_TORCH_CONTAINERS: Final = ("torch-zip", "torch-legacy", "pickle")
+_OTHER_PICKLES: Final = ("sklearn-pickle", "joblib")
 
 
 def open_source(place: str) -> Path:
@@ -52,42 +47,82 @@ def open_source(place: str) -> Path:
     return path
 
 
-def kind_of(place: Path) -> str:
-    """Return what a file or directory is, one of `KINDS`. Nothing of it is executed.
+def recognise_source(place: Path) -> tuple[str, Artifact]:
+    """Tell what a file or directory is. Nothing of it is executed.
+
+    Returns:
+        How it is to be read, and all that is known about it. The former is ``torch`` for a file of torch or a pickle,
+        else one of the words of `ckptmgr.diagnose.kinds`.
 
     Raises:
         UsageError: It is nothing that can be imported. Says what it is, if that is known.
-        CorruptCheckpointError: It is empty, or cut off.
+        CorruptCheckpointError: It is empty, cut off or damaged.
     """
-    if place.is_dir():
-        return _kind_of_directory(place)
     # Looked at before it is opened: a pipe would be waited for.
-    if not place.is_file():
+    if not place.is_dir() and not place.is_file():
         raise UsageError(f"{place} is no regular file", next="give a file or a directory")
-    with place.open("rb") as file:
-        head = file.read(64)
-    if not head:
-        raise CorruptCheckpointError(f"{place} is empty", next="copy or download it again")
-    if is_archive(place):
-        return "torch-file"
-    if head.startswith(b"PK"):
-        raise CorruptCheckpointError(
-            f"{place} is cut off",
-            why="it begins as a file of torch.save, and the directory at its end is missing",
-            next="copy or download it again",
-        )
-    nbytes = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and 0 < nbytes <= _MAX_HEADER_NBYTES:
+    artifact = sniff(place)
+    reader = _directory_reader(place, artifact) if place.is_dir() else _file_reader(artifact)
+    if reader is None:
+        raise _refused(place, artifact)
+    if reader == "torch" and is_damaged(artifact):
+        raise _refused(place, artifact)
+    return reader, artifact
+
+
+def kind_words(kind: str) -> str:
+    """Return what a thing is, in words that fit into a sentence.
+
+    Example:
+        >>> kind_words("state-dict")
+        'a state dict'
+    """
+    return KINDS[kind].partition(":")[0].partition(",")[0]
+
+
+def _file_reader(artifact: Artifact) -> str | None:
+    if artifact.kind == "safetensors":
         return "safetensors"
-    for begin, what, advice in _NOT_A_MODEL:
-        if head.lstrip().startswith(begin) or head.startswith(begin):
-            raise UsageError(f"{place} holds no checkpoint", why=f"it is {what}", next=advice)
-    if head[0] == 0x80:
-        return "torch-file"
-    raise UsageError(
-        f"{place} is nothing that can be imported",
-        why=f"it begins with {head[:8]!r}",
-        next=f"`ckptmgr doctor {place}` tells what it may be",
+    details: Mapping[str, object] = artifact.details
+    is_torch = details.get("container") in _TORCH_CONTAINERS and "compressed" not in details
+    return "torch" if is_torch and artifact.kind not in (*_OTHER_PICKLES, "torch-truncated") else None
+
+
+def _directory_reader(place: Path, artifact: Artifact) -> str | None:
+    reader = _DIRECTORIES.get(artifact.kind)
+    names = {entry.name for entry in place.iterdir()}
+    has_safetensors = any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names)
+    if artifact.kind == "directory" and has_safetensors:
+        return "safetensors-sharded"
+    # Which of them are missing or damaged is told by their readers.
+    has_weights = has_safetensors or (reader != "safetensors-sharded" and bool(names & _TORCH_WEIGHTS))
+    return reader if reader == "dcp" or has_weights else None
+
+
+def _refused(place: Path, artifact: Artifact) -> CkptmgrError:
+    told = "; ".join((artifact.title, *artifact.problems[:3]))
+    next = artifact.advice[0] if artifact.advice else f"`ckptmgr doctor {place}` tells more about it"
+    if artifact.kind in ("run", "run-checkpoint"):
+        return UsageError(
+            f"{place} is a run of ckptmgr already",
+            next="resume it, or fork it: ckptmgr resume RUN_DIR@STEP --to OTHER",
+        )
+    if is_damaged(artifact):
+        what = "is empty" if artifact.kind == "empty" else "cannot be read"
+        return CorruptCheckpointError(f"{place} {what}", why=told, next=next)
+    if not place.is_dir():
+        return UsageError(f"{place} is nothing that can be imported", why=f"it is {told}", next=next)
+    if artifact.details.get("model") == "dcp":
+        parts = ", ".join(sorted(path.parent.name for path in place.glob("*/.metadata")))
+        return UsageError(
+            f"{place} is no directory that can be imported as a whole",
+            why=f"it is {artifact.title}, whose parts are distributed checkpoints: {parts}",
+            next="import the one that holds the model: ckptmgr import DIRECTORY RUN_DIR",
+        )
+    return UsageError(
+        f"{place} is no directory that can be imported",
+        why=f"it is {told}",
+        next="give one of the files, or a directory with model.safetensors, pytorch_model.bin or .metadata in it",
     )
 
 
@@ -98,31 +133,6 @@ def is_archive(path: Path) -> bool:
     except zipfile.BadZipFile:
         # It has the end of one, and that contradicts itself.
         return True
-
-
-def _kind_of_directory(place: Path) -> str:
-    names = {entry.name for entry in place.iterdir()}
-    if RUN_MARKER in names:
-        raise UsageError(
-            f"{place} is a run of ckptmgr already",
-            next="resume it, or fork it: ckptmgr resume RUN_DIR@STEP --fork-to OTHER",
-        )
-    if ".metadata" in names:
-        return "dcp"
-    has_weights = any(name in names for name in _WEIGHTS)
-    if has_weights and "trainer_state.json" in names:
-        return "transformers-trainer"
-    if has_weights and any(name.startswith("random_states_") for name in names):
-        return "accelerate-state"
-    if has_weights and "config.json" in names:
-        return "huggingface-model"
-    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
-        return "safetensors-directory"
-    raise UsageError(
-        f"{place} is no directory that can be imported",
-        why=f"it holds {', '.join(sorted(names)[:8]) or 'nothing'}",
-        next="give one of the files, or a directory with model.safetensors, pytorch_model.bin or .metadata in it",
-    )
 
 
 def member(directory: Path, name: str) -> Path:

@@ -46,7 +46,7 @@ def test_a_state_dict_is_listed(container: str, tmp_path: Path) -> None:
     assert shapes(artifact) == expected(state)
     assert artifact.problems == ()
     assert any("load_state_dict" in line for line in artifact.advice)
-    assert any("ckptmgr import" in line for line in artifact.advice) == (container != "pickle")
+    assert any("ckptmgr import" in line for line in artifact.advice)
 
 
 @pytest.mark.parametrize("container", WRITERS)
@@ -59,7 +59,11 @@ def test_a_whole_module_is_told_from_its_state_dict(container: str, tmp_path: Pa
     assert shapes(artifact) == expected(model.state_dict())
     found = {use.name: use.found for use in artifact.globals}
     assert found["torch.nn.modules.linear.Linear"] == "found in torch/nn/modules/linear.py"
-    assert artifact.advice[0].startswith("this is a whole pickled module")
+    assert artifact.advice[0].startswith("ckptmgr import")
+    assert artifact.advice[1].startswith("this is a whole pickled module")
+    assert artifact.contents == dict.fromkeys(("0", "1"), "torch.nn.modules.linear.Linear") | {
+        "class": "torch.nn.modules.container.Sequential"
+    }
 
 
 @pytest.mark.parametrize("container", WRITERS)
@@ -211,7 +215,8 @@ def test_hyper_parameters_of_other_classes_make_a_checkpoint_need_code(lightning
         "argparse.Namespace",
         "pathlib.PosixPath",
     }
-    assert not any(line.startswith("ckptmgr import") for line in artifact.advice)
+    (line,) = (line for line in artifact.advice if line.startswith("ckptmgr import"))
+    assert "--weights-only" in line
     assert any("weights_only=False" in line for line in artifact.advice)
 
 
