@@ -136,7 +136,8 @@ def _difference(then: Any, now: Any, place: str, tolerance: Tolerance) -> str | 
         return next(
             (w for key in then if (w := _difference(then[key], now[key], f"{place}[{key!r}]", tolerance))), None
         )
-    if isinstance(then, list) and isinstance(now, list):
+    # Earlier versions wrote tuples as lists.
+    if isinstance(then, (list, tuple)) and isinstance(now, (list, tuple)):
         if len(then) != len(now):
             return f"{where} had {len(then)} items then, {len(now)} now"
         pairs = enumerate(zip(then, now, strict=True))

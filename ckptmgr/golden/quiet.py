@@ -22,8 +22,9 @@ _SEED = 20_260
 def quiet_evaluation(*objects: Any) -> Iterator[None]:
     """Hold modules in eval mode, without gradients and autocast, with random numbers that are the same each time.
 
-    Modes and buffers of every module, and all global random number generators, are afterwards what they were. What a
-    module keeps elsewhere (a cache in an attribute) is its own business.
+    Modes and buffers of every module, and all global random number generators, are afterwards what they were. Modes are
+    set on the modules themselves: a ``train`` or ``eval`` that a class has overridden is not called. What a module
+    keeps elsewhere (a cache in an attribute) is its own business.
 
     Args:
         objects: Modules; anything else is left alone.
@@ -38,8 +39,9 @@ def quiet_evaluation(*objects: Any) -> Iterator[None]:
         for kind in {"cpu", *(parameter.device.type for module in modules for parameter in module.parameters())}:
             if torch.amp.is_autocast_available(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        for module in modules:
-            module.eval()
+        for part in {part: None for module in modules for part in module.modules()}:
+            # Not eval(): an overridden one may do what training cannot go on with, such as LoRA's merge of its weights.
+            part.training = False
         _seed()
         yield
 
@@ -51,7 +53,7 @@ def _copies(part: nn.Module) -> dict[str, torch.Tensor]:
 def _put_back(
     part: nn.Module, mode: bool, buffers: dict[str, torch.Tensor | None], copies: dict[str, torch.Tensor]
 ) -> None:
-    # Not train(mode): a module may have overridden it, and its parts may be in different modes.
+    # Parts may be in different modes, so each gets its own back.
     part.training = mode
     part._buffers.clear()
     part._buffers.update(buffers)

@@ -13,8 +13,11 @@ from ckptmgr.errors import UsageError
 from ckptmgr.golden.quiet import quiet_evaluation
 from ckptmgr.preprocess.kinds import find_kind
 from ckptmgr.state.names import unwrapped_module
+from ckptmgr.state.trees import copied_tree
 
 __all__ = ["Chain"]
+
+_UNUSUAL = (torch.float16, torch.bfloat16, torch.float64)
 
 
 class Chain:
@@ -48,14 +51,14 @@ class Chain:
         return "cpu" if parameter is None else parameter.device.type
 
     def encoded(self, raw: Any) -> Any:
-        """Preprocess one raw input. Leaves no trace in the preprocessor."""
+        """Preprocess one raw input. Leaves no trace in the preprocessor, nor in the raw input."""
         with quiet_evaluation(self._preprocessor):
-            return to_plain(self._raw_to_inputs(raw), "what preprocessing returned")
+            return to_plain(self._raw_to_inputs(copied_tree(raw)), "what preprocessing returned")
 
     def predicted(self, inputs: Any) -> Any:
-        """Predict from what `encoded` returned. Leaves no trace in the model."""
+        """Predict from what `encoded` returned. Leaves no trace in the model, nor in its inputs."""
         with quiet_evaluation(self._model):
-            return to_plain(self._inputs_to_output(inputs), "what the model returned")
+            return to_plain(self._inputs_to_output(copied_tree(inputs)), "what the model returned")
 
     def __call__(self, raw: Any) -> Any:
         """Return the prediction for one raw input, where the model and the preprocessor are, as they are."""
@@ -79,7 +82,7 @@ class Chain:
 
 
 def to_plain(value: Any, what: str) -> Any:
-    """Return nested containers as dicts and lists, and tensors as copies on the CPU, whole ones for sharded ones.
+    """Return nested containers as dicts, tuples and lists, and tensors as copies on the CPU: whole ones, if sharded.
 
     Args:
         value: Tensors, arrays, plain values, and containers of them; also classes that are mappings or sequences.
@@ -98,11 +101,14 @@ def to_plain(value: Any, what: str) -> Any:
         return value
     if isinstance(value, Mapping):
         return {str(key): to_plain(item, what) for key, item in value.items()}
+    if isinstance(value, tuple):
+        # A model takes a tuple as several arguments, and a list as one.
+        return tuple(to_plain(item, what) for item in value)
     if isinstance(value, Sequence):
         return [to_plain(item, what) for item in value]
     raise UsageError(
         f"{what} holds a {type(value).__module__}.{type(value).__qualname__}",
-        why="golden samples are tensors, plain values, and dicts and lists of them",
+        why="golden samples are tensors, plain values, and dicts, tuples and lists of them",
         next="give Golden(..., encode=...) or Golden(..., predict=...), which return these",
     )
 
@@ -122,7 +128,7 @@ def _as_tensor(raw: Any) -> Any:
 
 
 def _placed(value: Any, model: Any) -> Any:
-    """Bring tensors to the model's device, and floating-point ones to its precision where that is a reduced one."""
+    """Bring tensors to the model's device, and floating-point ones to its precision where that is not the usual one."""
     if not isinstance(model, nn.Module):
         return value
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
@@ -131,12 +137,14 @@ def _placed(value: Any, model: Any) -> Any:
 
     def place(item: Any) -> Any:
         if isinstance(item, torch.Tensor):
-            reduced = item.is_floating_point() and parameter.dtype in (torch.float16, torch.bfloat16)
-            return item.to(parameter.device, parameter.dtype if reduced else item.dtype)
+            is_cast = item.is_floating_point() and parameter.dtype in _UNUSUAL
+            return item.to(parameter.device, parameter.dtype if is_cast else item.dtype)
         if isinstance(item, Mapping):
             return {key: place(inner) for key, inner in item.items()}
-        if isinstance(item, (list, tuple)) and not hasattr(item, "_fields"):
-            return type(item)(place(inner) for inner in item)
+        if isinstance(item, tuple):
+            return tuple(place(inner) for inner in item)
+        if isinstance(item, list):
+            return [place(inner) for inner in item]
         return item
 
     return place(value)

@@ -26,8 +26,9 @@ class Golden:
         samples: Raw inputs, as users of the model will have them: text, plain values, arrays, tensors. 1 to 64.
         encode: ``encode(preprocessor, raw)`` returns what the model takes. By default what the kind of the preprocessor
             does: a tokenizer encodes, an estimator transforms, a callable is called.
-        predict: ``predict(model, inputs)`` returns the prediction: a tensor, or dicts and lists of tensors and plain
-            values. By default the model is called: with keywords if ``inputs`` is a dict, else with the one argument.
+        predict: ``predict(model, inputs)`` returns the prediction: a tensor, or dicts, tuples and lists of tensors and
+            plain values. By default the model is called: with keywords if ``inputs`` is a dict, with several arguments
+            if it is a tuple, else with the one argument.
         rtol: Relative tolerance of predictions; by default that of their dtype.
         atol: Absolute tolerance of predictions, in their units; by default that of their dtype.
 

@@ -258,3 +258,78 @@ def test_a_half_precision_model_gets_half_precision_input() -> None:
     net = nn.Linear(4, 2).bfloat16()
     entry = capture_golden("golden", Golden(samples()), net, None)
     assert entry.tree["samples"][0]["output"].dtype == torch.bfloat16
+
+
+class Merging(nn.Module):
+    """A layer with a low-rank part that it merges into its weight for eval mode, as LoRA's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 4))
+        self.low = nn.Parameter(torch.randn(2, 4))
+        self.is_merged = False
+
+    def train(self, mode: bool = True) -> "Merging":
+        super().train(mode)
+        if mode == self.is_merged:
+            self.weight.data += -self.low if mode else self.low
+            self.is_merged = not mode
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.weight if self.is_merged else self.weight + self.low).T
+
+
+def test_a_module_that_merges_its_weights_for_eval_mode_is_left_unmerged() -> None:
+    net = nn.Sequential(Merging())
+    before = bits(net.state_dict())
+    entry = capture_golden("golden", Golden(samples()), net, None)
+    assert not net[0].is_merged
+    assert bits(net.state_dict()) == before
+    assert compare_golden(entry.tree, Chain(net.eval())) == []
+
+
+class ChangesInput(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.add_(1.0)
+
+
+@pytest.mark.parametrize("raw", [torch.ones(1, 2), np.ones((1, 2), dtype=np.float32)], ids=["tensor", "array"])
+def test_a_model_that_changes_its_input_changes_no_sample(raw: Any) -> None:
+    golden = Golden([raw])
+    for _ in range(2):
+        entry = capture_golden("golden", golden, ChangesInput(), None)
+        (sample,) = entry.tree["samples"]
+        assert [float(value[0, 0]) for value in (sample["raw"], sample["inputs"], sample["output"])] == [1.0, 1.0, 2.0]
+        assert compare_golden(entry.tree, Chain(ChangesInput())) == []
+
+
+def test_an_encode_that_takes_its_raw_input_apart_has_it_whole_the_next_time() -> None:
+    golden = Golden([{"text": [1.0, 2.0]}], encode=lambda _, raw: torch.tensor(raw.pop("text")))
+    for _ in range(2):
+        entry = capture_golden("golden", golden, nn.Identity(), None)
+        assert entry.tree["samples"][0]["raw"] == {"text": [1.0, 2.0]}
+
+
+class TakesTwo(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x + y, x - y
+
+
+def test_a_tuple_is_several_arguments_also_when_it_comes_back(tmp_path: Path) -> None:
+    raw = (torch.ones(2), torch.ones(2))
+    with Checkpointer(tmp_path, {"model": TakesTwo()}, golden=[raw], background=False) as ckpt:
+        ckpt.resume()
+        ckpt.step(1)
+        ckpt.save()
+    tree = load_checkpoint(str(tmp_path)).entries["ckptmgr_golden"].tree
+    assert compare_golden(tree, Chain(TakesTwo())) == []
+    sample = tree["samples"][0]
+    # As versions that knew no tuples have stored it.
+    as_list = {**tree, "samples": [{**sample, "output": list(sample["output"])}]}
+    assert compare_golden(as_list, Chain(TakesTwo())) == []
+
+
+def test_a_double_precision_model_gets_double_precision_input() -> None:
+    entry = capture_golden("golden", Golden(samples()), nn.Linear(4, 2).double(), None)
+    assert entry.tree["samples"][0]["output"].dtype == torch.float64
