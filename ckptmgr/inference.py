@@ -118,7 +118,7 @@ def load_inference(
     tell_code_drift(loaded, class_sources(module))
     with _drift_told(catalog.storage, loaded, module):
         _restore(module, loaded)
-    module.eval()
+    _set_eval_mode(module)
     entries = {entry.handler: entry for entry in loaded.entries.values()}
     samples = entries[GOLDEN].tree if GOLDEN in entries else None
     raw_samples = [sample["raw"] for sample in samples["samples"]] if samples else []
@@ -207,6 +207,17 @@ def _restore(module: nn.Module, loaded: LoadedCheckpoint) -> None:
             next="Checkpointer(..., state={NAME: module}).restore(reference) restores any entry",
         )
     restore_state({entry.name: module}, {entry.name: entry})
+
+
+def _set_eval_mode(module: nn.Module) -> None:
+    module.eval()
+    # An overridden train() may have left parts as they were; golden samples are run with all of them in eval mode.
+    stayed = [name for name, part in module.named_modules() if part.training]
+    if stayed:
+        shown = ", ".join(map(repr, stayed[:_SHOWN])) + (", …" if len(stayed) > _SHOWN else "")
+        _log.warning("%d parts of the model stayed in training mode after eval(), and were set: %s", len(stayed), shown)
+        for part in module.modules():
+            part.training = False
 
 
 def _preprocessor(

@@ -13,6 +13,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
@@ -67,6 +68,8 @@ def source_texts(full_name: str) -> list[str]:
         full_name: ``my_project.models.Net``, or ``my_project.models.Net.Block``.
     """
     parts = full_name.split(".")
+    if not all(part.isidentifier() for part in parts):
+        return []
     for depth in range(len(parts) - 1, 0, -1):
         file = _file_of(parts[:depth])
         tree = _parsed(file) if file is not None else None
@@ -113,15 +116,17 @@ def _in_current_folder(top: str) -> str | None:
 
 
 def _inside(folders: Sequence[str], part: str) -> tuple[Sequence[str] | None, str | None] | None:
-    for folder in folders:
-        base = Path(folder, part)
-        if base.is_dir():
-            init = base / "__init__.py"
-            return [str(base)], str(init) if init.is_file() else None
-        for ending in (".py", *_EXTENSIONS):
-            file = base.with_name(base.name + ending)
-            if file.is_file():
-                return None, str(file)
+    # A name of a file may be longer than any file's.
+    with suppress(OSError, ValueError):
+        for folder in folders:
+            base = Path(folder, part)
+            if base.is_dir():
+                init = base / "__init__.py"
+                return [str(base)], str(init) if init.is_file() else None
+            for ending in (".py", *_EXTENSIONS):
+                file = base.with_name(base.name + ending)
+                if file.is_file():
+                    return None, str(file)
     return None
 
 

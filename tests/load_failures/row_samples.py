@@ -112,6 +112,11 @@ def doctor(capsys: pytest.CaptureFixture[str], place: Path | str, *arguments: st
     return status, document
 
 
+def read_record(path: Path) -> Any:
+    """Return what a record of a run says, without its digest."""
+    return json.loads(path.read_text())["record"]
+
+
 def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(
         one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one

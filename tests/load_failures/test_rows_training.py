@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ckptmgr import Checkpointer, Selection, StateMismatchError, load_inference, training_run
-from ckptmgr.format.layout import RUN_MARKER
+from ckptmgr.errors import FormatVersionError
+from ckptmgr.format.digest import block_digests, combined_digest
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.environment import recorded_versions
 from ckptmgr.storage.open import open_storage
@@ -223,13 +224,20 @@ def test_row_08_drift_is_graded_and_stands_beside_the_failure(
     assert "warning: torch 9.1.0" in text
 
 
-def test_row_08_a_newer_format_is_breaking_and_says_so(tmp_path: Path) -> None:
+def test_row_08_a_newer_format_is_refused_and_says_so(tmp_path: Path) -> None:
     from ckptmgr.diagnose.drift import grade
 
+    run_dir = saved(tmp_path / "run", {"model": Net()})
+    (manifest,) = run_dir.glob("checkpoints/*/manifest.json")
+    body = manifest.read_bytes().partition(b'"record":')[2].removesuffix(b"}\n")
+    newer = body.replace(b'{"version":1,', b'{"version":99,', 1)
+    assert newer != body
+    digest = combined_digest(block_digests(newer))
+    manifest.write_bytes(b'{"digest":"xxh3-128:%s","record":%s}\n' % (digest.encode(), newer))
+    with pytest.raises(FormatVersionError, match="upgrade"):
+        restored(run_dir, Net())
     (drift,) = grade({"format": "99"}, {"format": "3"})
     assert drift.grade == "breaking"
-    run_dir = saved(tmp_path / "run", {"model": Net()})
-    assert (run_dir / RUN_MARKER).exists()
 
 
 # Row 9
