@@ -74,6 +74,7 @@ class Catalog:
 
         Raises:
             RunNotFoundError: The location holds no run.
+            StorageError: It cannot be listed, or is a file.
         """
         place = shlex.quote(storage.url)
         foreign = f"`ckptmgr doctor {place}` tells what it is; `ckptmgr import {place} RUN_DIR` makes a run of it"
@@ -82,7 +83,9 @@ class Catalog:
         except StorageError as error:
             if error.errno != errno.ENOTDIR:
                 raise
-            raise RunNotFoundError(f"{storage.url} is no run", why="it is a file", next=foreign) from error
+            told = StorageError(f"{storage.url} is no run", why="it is a file", next=foreign)
+            told.errno = error.errno
+            raise told from error
         if not catalog.is_run and catalog.run_id is None:
             advice = "give the directory that the manager was given; in a script, resume='auto' starts a new run in it"
             if any(key.endswith(f"/{RUN_MARKER}") for key in catalog.sizes):
