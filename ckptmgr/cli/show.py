@@ -112,7 +112,7 @@ def _show_checkpoint(run: OpenRun, manifest: Manifest, *, nproc: int | None, as_
     )
     print()
     print_table(
-        ["entry", "handler", "ranks", "tensors", "size", "dtypes"],
+        ["entry", "handler", "ranks", "tensors", "size", "dtypes", "fingerprint"],
         [
             [
                 entry["name"],
@@ -121,6 +121,7 @@ def _show_checkpoint(run: OpenRun, manifest: Manifest, *, nproc: int | None, as_
                 str(entry["ntensors"]),
                 format_nbytes(entry["nbytes"]),
                 " ".join(entry["dtypes"]),
+                entry["fingerprint"] or "",
             ]
             for entry in entries
         ],
@@ -140,6 +141,9 @@ def _entries(manifest: Manifest) -> list[dict[str, Any]]:
     for tensor in manifest.tensors:
         nbytes[tensor.entry] += tensor.nbytes
         dtypes.setdefault(tensor.entry, set()).add(tensor.logical_dtype or tensor.dtype)
+    for file in manifest.files:
+        if file.entry is not None:
+            nbytes[file.entry] += file.nbytes
     return [
         {
             "name": entry.name,
@@ -150,6 +154,7 @@ def _entries(manifest: Manifest) -> list[dict[str, Any]]:
             "ntensors": scopes[entry.name].total(),
             "nbytes": nbytes[entry.name],
             "dtypes": sorted(dtypes.get(entry.name, ())),
+            "fingerprint": entry.fingerprint,
         }
         for entry in manifest.entries
     ]

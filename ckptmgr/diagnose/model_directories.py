@@ -23,6 +23,7 @@ LookAt: TypeAlias = Callable[[Folder, str], Artifact]
 INDEX_NAMES: Final = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WHOLE_NAMES: Final = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
 _SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+_LANGUAGE_MODEL = re.compile(r"LM(Head)?(Model)?$|ConditionalGeneration$|PreTraining$|Seq2Seq")
 _TOKENIZER: Final = frozenset(
     [
         "tokenizer.json",
@@ -228,7 +229,8 @@ def _model(
         details["has_code"] = True
         problems.append("its model is code of its own (auto_map): loading it needs trust_remote_code=True")
     names = {fact.name for fact in tensors}
-    if values.get("tie_word_embeddings") is True:
+    # Every configuration has it, also of models without such an output layer.
+    if values.get("tie_word_embeddings") is True and _LANGUAGE_MODEL.search(str(details.get("architecture", ""))):
         details["tied"] = "the output layer is the input embedding (tie_word_embeddings)"
         if not any(name.endswith(("lm_head.weight", "decoder.weight")) for name in names):
             details["tied"] += ", and is not stored"

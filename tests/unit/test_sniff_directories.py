@@ -285,3 +285,17 @@ def test_a_directory_of_very_many_files_is_listed_in_part(tmp_path: Path, monkey
     artifact: Artifact = look(tmp_path)
     assert artifact.certainty == "likely"
     assert len(artifact.contents) == 5
+
+
+def test_a_classifier_is_not_said_to_lack_an_output_layer(tmp_path: Path) -> None:
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+    }
+    transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)).save_pretrained(tmp_path)
+    artifact = look(tmp_path)
+    assert "tied" not in artifact.details
+    assert "embedding" not in artifact.title
