@@ -371,13 +371,14 @@ def _with_weights(mapping: Dict, left: _Budget) -> Recognised:
     if len(holding) == len(mapping.keys()) == len(mapping) and not any(key in _WEIGHT_KEYS[:8] for key in holding):
         weights = _tensors(mapping, left)
         nested = Recognised("state-dict", f"a nested state dict of {plural(len(weights), 'tensor')}", weights)
-        nested.details["is_nested"] = True
+        nested.details.update(is_nested=True, **_modules_in(candidates))
         nested.contents = _contents(mapping, left)
         return nested
     ranked = [key for key in _WEIGHT_KEYS if key in holding] or sorted(holding, key=lambda key: -len(holding[key]))
     key = ranked[0]
     found = Recognised("trainer-checkpoint", "", holding[key], weights_key=key)
     found.contents = _contents(mapping, left)
+    found.details.update(_modules_in(candidates))
     found.title = f"a trainer's checkpoint with its weights under {clean(key)!r}"
     if is_module(mapping.get(key)):
         found.title += f", a whole pickled module of class {clean(mapping.get(key).of)}"
@@ -388,6 +389,11 @@ def _with_weights(mapping: Dict, left: _Budget) -> Recognised:
         if type(mapping.get(name)) is int:
             found.details[name] = mapping.get(name)
     return found
+
+
+def _modules_in(values: Mapping[str, Symbol]) -> dict[str, list[str]]:
+    modules = [clean(key) for key, value in values.items() if is_module(value)]
+    return {"pickled_modules": modules} if modules else {}
 
 
 def _lightning(mapping: Dict, left: _Budget) -> Recognised:

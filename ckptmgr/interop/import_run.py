@@ -166,7 +166,7 @@ def _read(
 
 def _is_symbolic(artifact: Artifact, allow: Sequence[str], *, weights_only: bool) -> bool:
     """Say whether a file is read without unpickling it: where torch could not load it, or only with its classes."""
-    if artifact.kind == "pickled-module" or "pickled_module" in artifact.details:
+    if artifact.kind == "pickled-module" or "pickled_modules" in artifact.details:
         return True
     needed = [name for name in needed_globals(artifact, allow) if name != EXAMINED]
     return weights_only if needed else artifact.details.get("container") == "pickle"
@@ -176,7 +176,7 @@ def _read_symbolic(
     place: Path, name: str, artifact: Artifact, *, key: str | None, live: LiveModel | None, weights_only: bool
 ) -> Contents:
     """Read a whole module, or what of a file of objects is tensors and plain values."""
-    if not artifact.tensors and artifact.details.get("container") == "pickle":
+    if not weights_only and not artifact.tensors and artifact.details.get("container") == "pickle":
         raise NotAllowedError(
             f"{place} is a pickle that torch.save has not written",
             why=f"it is {artifact.title}, and no tensors were found in it",

@@ -151,7 +151,8 @@ def _check_exact(
 ) -> None:
     shapes = {name: tuple(parameter.shape) for name, parameter in live.parameters.items()}
     absent = [name for groups in named for names in groups for name in names if name not in model]
-    misfits = [_first_misfit(state, groups, shapes) for state, groups in zip(states, named, strict=True)]
+    wrong = [name for name in shapes if name in model and tuple(model[name].shape) != shapes[name]]
+    misfits = wrong + [_first_misfit(state, groups, shapes) for state, groups in zip(states, named, strict=True)]
     wrong = absent or [name for name in misfits if name is not None]
     if wrong:
         raise StateMismatchError(

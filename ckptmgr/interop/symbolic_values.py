@@ -28,7 +28,7 @@ from ckptmgr.interop.symbolic_tensors import TensorReader
 __all__ = ["SymbolicFile", "read_symbolic"]
 
 _MAX_DEPTH: Final = 60
-_MAX_NAMES: Final = 1_000_000
+_MAX_NAMES: Final = 250_000
 _MAX_NAMES_NBYTES: Final = 64 << 20
 _SHOWN: Final = 20
 _WRAPPERS: Final = {
@@ -112,6 +112,7 @@ class _Values:
         self._path = path
         self._reader = reader
         self._made: dict[int, Any] = {}
+        self._parts: dict[int, tuple[list[tuple[str, Symbol]], ...]] = {}
         self._nnames = 0
         self._names_nbytes = 0
 
@@ -183,7 +184,9 @@ class _Values:
             if depth > _MAX_DEPTH:
                 raise damaged(self._path, f"its modules are nested more than {_MAX_DEPTH} deep")
             self.classes.setdefault(clean(part.of, 200))
-            parameters, buffers, children = parts_of_module(part)
+            if id(part) not in self._parts:
+                self._parts[id(part)] = parts_of_module(part)
+            parameters, buffers, children = self._parts[id(part)]
             for name, item in (*parameters, *buffers):
                 self._count(prefix, name)
                 full = f"{prefix}{name}"

@@ -27,5 +27,6 @@ def ways_on(manifest: Manifest, run_dir: str) -> tuple[str, ...]:
     if "lightning-data" in handlers.values():
         return (f"to train on: Trainer(callbacks=[CheckpointManager({run_dir!r})]).fit(model)", infer)
     state = ", ".join(f"{name!r}: {_STATE[of]}" for name, of in handlers.items() if of in _STATE)
-    train = f"to train on: Checkpointer(NEW_RUN_DIR, state={{{state}}}).restore({run_dir!r})"
+    # A bare name would be looked for among the tags of the new run.
+    train = f"to train on: Checkpointer(NEW_RUN_DIR, state={{{state}}}).restore({f'{run_dir}@latest'!r})"
     return (infer,) if "lightning" in handlers.values() else (train, infer)

@@ -139,3 +139,29 @@ def test_a_damaged_run_of_ours_leaves_with_12(net: nn.Module, tmp_path: Path) ->
         ckpt.step(1)
     next((tmp_path / "run").glob("checkpoints/*/*.safetensors")).unlink()
     assert run(["doctor", "run@1"]) == 12
+
+
+def test_what_does_not_fit_is_not_advised_to_be_loaded_as_it_is(net: nn.Module, capsys: Output) -> None:
+    torch.save(net.state_dict(), "state.pt")
+    torch.save(net, "whole.pt")
+    for name in ("state.pt", "whole.pt"):
+        line = (name, "--model", "filed_net:Net", "--model-arg", "nclasses=9")
+        assert run(["doctor", *line]) == 1
+        assert "model.load_state_dict(torch.load(" not in capsys.readouterr().out.partition("next:")[2]
+        status, found = doctor(capsys, *line)
+        assert status == 1
+        assert not any("load_state_dict(" in advice for advice in found["advice"])
+    assert any("load_state_dict(" in advice for advice in doctor(capsys, "state.pt")[1]["advice"])
+
+
+def test_the_contents_of_a_whole_module_are_its_own(net: nn.Module, capsys: Output) -> None:
+    net.width = 8
+    net.register_buffer("scratch", torch.ones(1), persistent=False)
+    torch.save(net, "whole.pt")
+    found = doctor(capsys, "whole.pt")[1]
+    assert found["contents"]["class"] == "filed_net.Net"
+    assert found["contents"]["body"] == "torch.nn.modules.container.Sequential"
+    assert found["contents"]["width"] == "8"
+    assert not any(name.startswith("_") for name in found["contents"])
+    assert "scratch" not in {tensor["name"] for tensor in found["tensors"]}
+    assert doctor(capsys, "whole.pt", "--model", "filed_net:Net")[1]["difference"]["fits"]

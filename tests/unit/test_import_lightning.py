@@ -26,6 +26,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from ckptmgr import Selection
 from ckptmgr.cli.main import run
+from ckptmgr.diagnose.sniff import sniff
 from ckptmgr.errors import CorruptCheckpointError, StateMismatchError, UsageError
 from ckptmgr.interop.export import export_checkpoint
 from ckptmgr.interop.import_run import ImportedRun, import_run
@@ -361,3 +362,14 @@ def test_the_command_tells_what_it_made_and_how_to_go_on(tmp_path: Path, capsys:
     # What it was imported from is no change of the environment.
     assert "source." not in capsys.readouterr().out
     assert run(["import", str(path), str(tmp_path / "run")]) == 2
+
+
+def test_the_doctor_says_that_a_trainer_goes_on_from_it_and_after_that_how_to_resume(tmp_path: Path) -> None:
+    (path,) = stock_checkpoint(tmp_path, trainer={"max_epochs": 1})
+    imported(path, tmp_path)
+    place = str(tmp_path / "run")
+    advice = sniff(place).advice
+    assert f"to train on: Trainer(callbacks=[CheckpointManager({place!r})]).fit(model)" in advice
+    assert not any("ckptmgr resume" in line for line in advice)
+    go_on(tmp_path, max_epochs=2)
+    assert f"ckptmgr resume {place}" in sniff(place).advice

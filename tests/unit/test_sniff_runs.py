@@ -13,8 +13,10 @@ from sniff_samples import look, net, shapes
 from torch import nn
 
 from ckptmgr import Checkpointer
+from ckptmgr.cli.main import run as command
 from ckptmgr.diagnose.sniff import sniff
 from ckptmgr.errors import CheckpointNotFoundError, RunNotFoundError
+from ckptmgr.interop.import_run import import_run
 from ckptmgr.storage.open import open_storage
 
 
@@ -107,3 +109,24 @@ def test_recognising_never_imports_torch(run: Path) -> None:
         "sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(run), str(run.parent / "x.pt")], check=True)
+
+
+def test_an_imported_run_is_told_how_to_go_on_and_not_to_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.save({"model": model.state_dict(), "optim": optimizer.state_dict()}, "train.pt")
+    import_run("train.pt", "run")
+    artifact = look("run")
+    assert not any("ckptmgr resume" in line for line in artifact.advice)
+    (line,) = (line for line in artifact.advice if line.startswith("to train on: "))
+    assert command(["resume", "run"]) == 1
+    assert line in capsys.readouterr().err
+    other = net()
+    again = torch.optim.SGD(other.parameters(), lr=0.5)
+    names = {"Checkpointer": Checkpointer, "model": other, "optimizer": again, "NEW_RUN_DIR": "next"}
+    assert eval(line.removeprefix("to train on: "), names) == 0
+    assert torch.equal(other[0].weight, model[0].weight)
+    assert again.param_groups[0]["lr"] == 0.1
