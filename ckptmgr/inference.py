@@ -56,6 +56,7 @@ __all__ = ["Inference", "load_inference"]
 _log = logging.getLogger("ckptmgr")
 
 _KEPT = ("module", "lightning", PreprocessorHandler.name, GOLDEN)
+_PARTIAL = "functools.partial"
 _SHOWN = 4
 
 
@@ -368,7 +369,8 @@ def _function(
         if (described_function(found) or {}).get("source") != recorded["source"]:
             _log.warning("the source of %s=%s is not what it was at the save", argument, recorded["name"])
     elif is_needed:
-        or_allow = "" if why_not_a_name(name) or allowed.source_of(name) else f", or allow=[{name!r}]"
+        can_help = why_not_a_name(name) is None and name != _PARTIAL and allowed.source_of(name) is None
+        or_allow = f", or allow=[{name!r}]" if can_help else ""
         raise UsageError(
             f"the golden samples were made with {argument}={recorded['name']}",
             why=why,
@@ -380,6 +382,8 @@ def _function(
 def _why_not_usable(name: str, allowed: AllowList) -> str | None:
     if (reason := why_not_a_name(name)) is not None:
         return f"it cannot be imported: {reason}"
+    if name == _PARTIAL:
+        return "its arguments are not kept"
     if allowed.source_of(name) is None:
         return "a checkpoint holds no code, and nobody has allowed this to be imported"
     return None

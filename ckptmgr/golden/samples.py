@@ -49,7 +49,7 @@ class Golden:
     ) -> None:
         if isinstance(samples, (str, bytes, Mapping)) or not isinstance(samples, Iterable):
             raise UsageError(
-                f"golden samples are given as a {type(samples).__name__}",
+                f"golden samples are given as {type(samples).__name__}",
                 why="they are a list of raw inputs, even if there is only one",
                 next="golden=[raw, ...]",
             )
@@ -88,6 +88,9 @@ def described_function(function: Callable[..., Any] | None) -> dict[str, str | N
     if function is None:
         return None
     inner = inspect.unwrap(function)
+    while isinstance(inner, partial) and not inner.args and not inner.keywords:
+        # As `_partial_: true` of a configuration makes it.
+        inner = inspect.unwrap(inner.func)
     named = inner if hasattr(inner, "__qualname__") else type(inner)
     # What a partial does, its function says.
     sourced = inspect.unwrap(inner.func) if isinstance(inner, partial) else named

@@ -121,6 +121,23 @@ def test_a_function_that_no_name_leads_to_is_asked_for(tmp_path: Path, encode: A
             load_inference(reference, model=Plain, allow=allow)
 
 
+def doubled(preprocessor: Any, raw: Any) -> torch.Tensor:
+    return torch.tensor(raw) * 2
+
+
+def test_a_partial_without_arguments_is_its_function(tmp_path: Path) -> None:
+    reference = saved_with(tmp_path, {}, Golden([[[1.0, 2.0]]], encode=functools.partial(doubled)))
+    assert load_inference(reference, model=Plain, allow=[f"{__name__}.doubled"]).ngolden == 1
+
+
+def test_a_model_without_memory_is_not_taken_for_a_damaged_checkpoint(tmp_path: Path) -> None:
+    reference = saved_with(tmp_path, {})
+    with torch.device("meta"):
+        model = Plain()
+    with pytest.raises(StateMismatchError, match=r"on the meta device(?s:.)*next: +materialise it"):
+        load_inference(reference, model=model)
+
+
 class WantsMore(Plain):
     def __init__(self, width: int, depth: int) -> None:
         super().__init__(width)
