@@ -148,6 +148,7 @@ class Checkpointer:
             storage_options=storage_options,
             background=check_switch(background, of="background"),
             check=lambda loaded: self._loop.check(loaded, self._selection),
+            check_fresh=lambda: self._loop.golden.check(None),
             on_divergence=checked_divergence(on_divergence),
             strict_environment=check_switch(strict_environment, of="strict_environment"),
         )
@@ -382,12 +383,13 @@ class Checkpointer:
             _log.exception("nothing was saved after the exception")
 
     def _open(self, resume: str) -> int:
-        self._held.open(resume, prove=self._capture_all, capture=self._capture, restore=self._restore)
+        self._held.open(resume, prove=self._capture_first, capture=self._capture, restore=self._restore)
         self._schedule.saved(self._step)
         return self._step
 
     def _restore(self, loaded: LoadedCheckpoint) -> bool:
         restored = self._loop.restore(loaded, self._selection)
+        self._loop.golden.prove_restored(is_alone=self._held.is_alone)
         self._step, self._metrics, self._position = restored.step, restored.metrics, restored.position
         data = self._position.tree if self._position else {"epoch": None, "batch": None}
         _log.info("%s", where_it_begins(self._run_dir, self._step, epoch=data["epoch"], nbatches=data["batch"]))
@@ -422,14 +424,14 @@ class Checkpointer:
     def _capture(self) -> list[CapturedEntry]:
         return self._loop.capture(step=self._step, metrics=self._metrics, data=self._data, position=self._position)
 
-    def _capture_all(self) -> list[CapturedEntry]:
-        return [*self._capture(), *self._loop.golden_entries()]
+    def _capture_first(self) -> list[CapturedEntry]:
+        return [*self._capture(), *self._loop.golden.first_entries(is_alone=self._held.is_alone)]
 
     def _save(self, reason: str, *, tags: Sequence[str] = (), entries: list[CapturedEntry] | None = None) -> None:
         if entries is None:
             captured = self._capture()
             self._held.keep(lambda: captured)
-            entries = [*captured, *self._loop.golden_entries()]
+            entries = [*captured, *self._loop.golden.entries(is_alone=self._held.is_alone)]
         epoch = self._data.epoch if self._data else None
         self._held.save(entries, reason, step=self._step, epoch=epoch, metrics=self._metrics, tags=tags)
 

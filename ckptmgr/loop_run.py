@@ -82,6 +82,11 @@ class LoopRun:
         assert self._run is not None
         return self._run
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether the job has one rank."""
+        return self._ranks is None or self._ranks.world_size == 1
+
     def require_open(self) -> None:
         """Raise if the run is not open.
 

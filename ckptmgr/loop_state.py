@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from ckptmgr.errors import StateMismatchError, UsageError
-from ckptmgr.golden.record import GoldenRecorder
+from ckptmgr.golden.kept import KeptGolden
 from ckptmgr.golden.samples import Golden
 from ckptmgr.loading import LoadedCheckpoint, load_checkpoint
 from ckptmgr.preprocess.handler import PREPROCESSOR
@@ -85,6 +85,7 @@ class LoopObjects:
         golden: Samples to keep with each checkpoint.
 
     Attributes:
+        golden: The samples, and what came of them.
         options: The options that training follows.
         report: What the last selective restore did not restore; None where there was none.
     """
@@ -93,8 +94,7 @@ class LoopObjects:
         self, state: Mapping[str, object], on_changed_options: OnChangedOptions, golden: Golden | None = None
     ) -> None:
         self._state = state
-        self._golden = GoldenRecorder(_GOLDEN, golden)
-        self._model = None if golden is None else _model_of(state)
+        self.golden = KeptGolden(_GOLDEN, golden, state)
         self.report: SelectionReport | None = None
         self.options = TrainingOptions(state, on_changed_options)
 
@@ -135,14 +135,6 @@ class LoopObjects:
         entries.append(CapturedEntry(_RNG, "rng", 1, dict(rng or capture_rng()), "per-rank"))
         return entries
 
-    def golden_entries(self) -> list[CapturedEntry]:
-        """Run the golden samples with the model as it is now; nothing where there are none.
-
-        Raises:
-            GoldenSampleError: A sample raises, and none has worked before.
-        """
-        return self._golden.entries(self._model, self._state.get(PREPROCESSOR))
-
     def check(self, loaded: LoadedCheckpoint, selection: Selection | None = None) -> None:
         """Compare a checkpoint with the user's objects. Changes nothing.
 
@@ -153,7 +145,9 @@ class LoopObjects:
         Raises:
             StateMismatchError: It does not fit, or was not saved from a plain loop.
             UsageError: The selection does not fit the checkpoint and the objects.
+            GoldenSampleError: A golden sample raises, and would do so after the restore.
         """
+        self.golden.check(loaded, selection)
         if selection is None:
             check_loop(self._known_to(loaded), loaded)
             self._check_options(loaded)
@@ -258,7 +252,8 @@ class LoopObjects:
             self._select(loaded, selection, alone=True).check()
 
     def _select(self, loaded: LoadedCheckpoint, selection: Selection, *, alone: bool = False) -> SelectedState:
-        stored = {entry.name for entry in loaded.manifest.entries}
+        # Golden samples are proof, and no state.
+        stored = {entry.name for entry in loaded.manifest.entries} - {_GOLDEN}
         # Of another run nobody has asked for what the program has not, nor for where its loop stood.
         unread = {*(stored - self._state.keys()), _DATA, _RNG} - {_PROGRESS} if alone else ()
         selected = select_state(
@@ -344,23 +339,6 @@ def _refuse_other_savers(loaded: LoadedCheckpoint) -> None:
 
 def _of_user(loaded: LoadedCheckpoint) -> dict[str, CapturedEntry]:
     return {name: entry for name, entry in loaded.entries.items() if name not in (_RNG, _DATA, _PROGRESS, _GOLDEN)}
-
-
-def _model_of(state: Mapping[str, object]) -> torch.nn.Module:
-    """Return the module that golden samples are for.
-
-    Raises:
-        UsageError: There is none, or one of several is meant.
-    """
-    modules = {name: v for name, v in state.items() if isinstance(v, torch.nn.Module) and name != PREPROCESSOR}
-    chosen = modules.get("model", next(iter(modules.values()), None) if len(modules) == 1 else None)
-    if chosen is None:
-        raise UsageError(
-            "golden samples are given, and no model for them",
-            why=f"the state has the modules {', '.join(modules)}" if modules else "the state has no module",
-            next="give the module that predicts the name 'model' in the state",
-        )
-    return chosen
 
 
 def _options_in(loaded: LoadedCheckpoint) -> Mapping[str, Any] | None:

@@ -115,6 +115,7 @@ class TrainingRun:
         storage_options: Mapping[str, Any] | None = None,
         background: bool = True,
         check: Callable[[LoadedCheckpoint], None] = lambda loaded: None,
+        check_fresh: Callable[[], None] = lambda: None,
         ranks: Ranks | None = None,
         shards: LiveShards | None = None,
         on_divergence: OnDivergence = "warn",
@@ -136,6 +137,7 @@ class TrainingRun:
             background: Whether saves are written while training goes on.
             check: Raises if a checkpoint does not fit. Asked before the claim: who cannot use a run does not take it
                 away from the process that trains in it.
+            check_fresh: Raises if training cannot begin from nothing. Asked in the same way.
             ranks: The processes of the job; by default this one alone. Rank 0 decides, claims and commits.
             shards: Live sharded tensors, of which only this rank's parts are loaded.
             on_divergence: What to do when ranks that should hold the same parameters and moments do not.
@@ -148,7 +150,7 @@ class TrainingRun:
             FormatVersionError: The run was made by a newer format.
             RankFailure: A rank failed, is gone, or late.
             CorruptCheckpointError: There are checkpoints, and none of them is whole.
-            CkptmgrError: Whatever ``check`` raises. In all these cases nothing was claimed.
+            CkptmgrError: Whatever ``check`` or ``check_fresh`` raises. In all these cases nothing was claimed.
         """
         ranks = ranks or Ranks.alone()
         storage = open_storage(run_dir, storage_options=storage_options)
@@ -170,6 +172,8 @@ class TrainingRun:
                 lambda: tell_drift(storage, loaded, classes or {}, strict=strict_environment),
             )
             ranks.loop.together("comparing the checkpoint with the live objects", lambda: check(loaded))
+        else:
+            ranks.loop.together("looking at what begins from nothing", check_fresh)
         run._run_id, run._attempt = claim.claim()
         if claim.has_changed:
             try:

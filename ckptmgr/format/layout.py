@@ -10,6 +10,7 @@ from ckptmgr.errors import UsageError
 __all__ = [
     "ATTEMPTS",
     "CHECKPOINTS",
+    "MAX_SEGMENT",
     "MAX_STEP",
     "RUN_MARKER",
     "CheckpointId",
@@ -26,8 +27,10 @@ RUN_MARKER = "ckptmgr.json"
 ATTEMPTS = "attempts/"
 CHECKPOINTS = "checkpoints/"
 MAX_STEP = 9_999_999_999
+MAX_SEGMENT = 128
+"""Characters in one segment of a key."""
 
-_SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
+_SEGMENT = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_SEGMENT - 1}}}", re.ASCII)
 _ID = re.compile(r"(\d{10})-(\d{6})-(\d{6})", re.ASCII)
 _ATTEMPT_KEY = re.compile(
     r"attempts/(\d{6})/(?:(claim|line|start|end|loggers)\.json|(config|resolved)\.yaml)", re.ASCII

@@ -12,19 +12,20 @@ from ckptmgr.golden.run import Chain
 from ckptmgr.golden.samples import Golden, described_function
 from ckptmgr.state.entry import CapturedEntry
 
-__all__ = ["HANDLER", "GoldenRecorder", "capture_golden"]
+__all__ = ["HANDLER", "VERSION", "GoldenRecorder", "capture_golden"]
 
 _log = logging.getLogger("ckptmgr")
 
 HANDLER = "golden"
-_VERSION = 1
+VERSION = 1
 
 
 class GoldenRecorder:
     """Makes the entry of golden samples at each save of a run.
 
     Before training a sample that raises is an error. Once all of them have worked, one that raises costs the save its
-    golden samples, and not the save.
+    golden samples, and not the save. In a job of several ranks the entry stays then, without samples: a checkpoint has
+    the same entries on all of them.
 
     Args:
         name: Of the entry.
@@ -36,12 +37,13 @@ class GoldenRecorder:
         self._golden = golden
         self._has_worked = False
 
-    def entries(self, model: Any, preprocessor: Any) -> list[CapturedEntry]:
+    def entries(self, model: Any, preprocessor: Any, *, is_alone: bool) -> list[CapturedEntry]:
         """Return the entry for what the model is now; nothing where there are no golden samples.
 
         Args:
             model: The live model, in any mode; afterwards it is as it was.
             preprocessor: What belongs to it, or None.
+            is_alone: The job has one rank.
 
         Raises:
             GoldenSampleError: A sample raises, and none has worked before.
@@ -54,7 +56,7 @@ class GoldenRecorder:
             if not self._has_worked:
                 raise
             _log.warning("saving without golden samples: %s", error)
-            return []
+            return [] if is_alone else [_entry(self._name, self._golden, [], "cpu")]
         self._has_worked = True
         return [entry]
 
@@ -72,17 +74,22 @@ def capture_golden(name: str, golden: Golden, model: Any, preprocessor: Any) -> 
         GoldenSampleError: A sample raises. Its cause is chained.
     """
     chain = Chain(model, preprocessor, encode=golden.encode, predict=golden.predict)
+    samples = [_sample(chain, index, raw) for index, raw in enumerate(golden.samples)]
+    return _entry(name, golden, samples, chain.device)
+
+
+def _entry(name: str, golden: Golden, samples: list[dict[str, Any]], device: str) -> CapturedEntry:
     tree = {
-        "samples": [_sample(chain, index, raw) for index, raw in enumerate(golden.samples)],
+        "samples": samples,
         "rtol": golden.rtol,
         "atol": golden.atol,
-        "device": chain.device,
+        "device": device,
         "torch": str(torch.__version__),
         "encode": described_function(golden.encode),
         "predict": described_function(golden.predict),
     }
     # Each rank has its own: buffers may differ between ranks, and what one rank cannot run must not stop the others.
-    return CapturedEntry(name, HANDLER, _VERSION, tree, "per-rank")
+    return CapturedEntry(name, HANDLER, VERSION, tree, "per-rank")
 
 
 def _sample(chain: Chain, index: int, raw: Any) -> dict[str, Any]:

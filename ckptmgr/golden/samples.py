@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
 from ckptmgr.errors import UsageError
+from ckptmgr.state.sources import module_of
 
-__all__ = ["Golden", "as_golden", "described_function"]
+__all__ = ["MAX_SAMPLES", "Golden", "as_golden", "described_function"]
 
-_MAX_SAMPLES = 64
+MAX_SAMPLES = 64
 
 
 class Golden:
@@ -47,15 +49,15 @@ class Golden:
     ) -> None:
         if isinstance(samples, (str, bytes, Mapping)) or not isinstance(samples, Iterable):
             raise UsageError(
-                f"golden samples are given as a {type(samples).__name__}",
+                f"golden samples are given as {type(samples).__name__}",
                 why="they are a list of raw inputs, even if there is only one",
                 next="golden=[raw, ...]",
             )
         self.samples = list(samples)
-        if not 1 <= len(self.samples) <= _MAX_SAMPLES:
+        if not 1 <= len(self.samples) <= MAX_SAMPLES:
             raise UsageError(
                 f"{len(self.samples)} golden samples",
-                why=f"they are run at every save, so there are 1 to {_MAX_SAMPLES} of them",
+                why=f"they are run at every save, so there are 1 to {MAX_SAMPLES} of them",
                 next="choose a few that show what the model is for",
             )
         for name, function in (("encode", encode), ("predict", predict)):
@@ -86,9 +88,14 @@ def described_function(function: Callable[..., Any] | None) -> dict[str, str | N
     if function is None:
         return None
     inner = inspect.unwrap(function)
+    while isinstance(inner, partial) and not inner.args and not inner.keywords:
+        # As `_partial_: true` of a configuration makes it.
+        inner = inspect.unwrap(inner.func)
     named = inner if hasattr(inner, "__qualname__") else type(inner)
+    # What a partial does, its function says.
+    sourced = inspect.unwrap(inner.func) if isinstance(inner, partial) else named
     try:
-        source = sha256(inspect.getsource(named).encode()).hexdigest()[:32]
+        source = sha256(inspect.getsource(sourced).encode()).hexdigest()[:32]
     except (OSError, TypeError):
         source = None
-    return {"name": f"{named.__module__}:{named.__qualname__}", "source": source}
+    return {"name": f"{module_of(named)}:{named.__qualname__}", "source": source}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 from ckptmgr.launch.redact import is_secret_name, secret_values
 
-__all__ = ["keep_plain_hyper_parameters"]
+__all__ = ["arguments_from", "keep_plain_hyper_parameters"]
 
 _log = logging.getLogger("ckptmgr")
 _warned: set[str] = set()
@@ -42,6 +43,32 @@ def keep_plain_hyper_parameters(checkpoint: dict[str, Any], is_plain: Callable[[
         checkpoint[key] = {name: value for name, value in given.items() if name not in (*secret, *odd)}
         _tell("that are secrets", [str(name) for name in secret])
         _tell("that are no plain values", [f"{name} ({type(given[name]).__qualname__})" for name in odd])
+
+
+def arguments_from(module_class: Any, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a LightningModule's class is called with, as its own ``load_from_checkpoint`` would call it.
+
+    Args:
+        module_class: The class.
+        checkpoint: Lightning's dictionary.
+    """
+    saved = {str(name): value for name, value in dict(checkpoint.get("hyper_parameters", {})).items()}
+    parameters = inspect.signature(module_class).parameters
+    whole = checkpoint.get("hparams_name")
+    if whole in parameters:
+        # The type is not kept; this one is read by key and by attribute.
+        return {str(whole): _Values(saved)}
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return saved
+    return {name: value for name, value in saved.items() if name in parameters}
+
+
+class _Values(dict[str, Any]):
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
 
 def _holds_secret(name: str, value: Any, secrets: Sequence[str]) -> bool:

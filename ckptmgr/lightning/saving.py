@@ -14,6 +14,7 @@ from ckptmgr.golden.weights import weights_of
 from ckptmgr.joint_save import prove_state
 from ckptmgr.lightning.assemble import capture_entries
 from ckptmgr.lightning.loops import Boundary, LoopHooks
+from ckptmgr.lightning.not_logging import not_logging
 from ckptmgr.lightning.preprocessing import KeptPreprocessor
 from ckptmgr.lightning.trainer_metrics import fresh_metrics, validation_metrics
 from ckptmgr.policy.triggers import Moment, Trigger, known_everywhere, may_need_any_step
@@ -286,8 +287,9 @@ class Saver:
     def _with_golden(self, entries: list[CapturedEntry]) -> list[CapturedEntry]:
         """Add what the golden samples give with the weights that these entries hold."""
         module = self._trainer.lightning_module
-        with weights_of(module, entries[0].tree["tensors"]):
-            return [*entries, *self._golden.entries(module, self._preprocessor.value)]
+        with weights_of(module, entries[0].tree["tensors"]), not_logging(module):
+            is_alone = self._ranks.world_size == 1
+            return [*entries, *self._golden.entries(module, self._preprocessor.value, is_alone=is_alone)]
 
     def _save(self, entries: list[CapturedEntry], reason: str, metrics: Mapping[str, float], *, wait: bool) -> None:
         self._last_saved = self.run.save(

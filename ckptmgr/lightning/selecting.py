@@ -95,6 +95,7 @@ class TrainerSelection:
             self._without(PREPROCESSOR),
             words=_WORDS,
             absent=[word for word, entry in _WORDS.items() if entry not in self._original.entries],
+            unread=[PREPROCESSOR],
             also=_also([*self._entries, *drivers]),
         )
 

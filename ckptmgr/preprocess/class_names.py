@@ -9,12 +9,17 @@ import textwrap
 import tokenize
 from typing import Any
 
+from ckptmgr.state.sources import module_of
+
 __all__ = ["class_name", "is_a", "object_name", "root_packages", "source_digest"]
 
 
 def object_name(obj: Any) -> str:
-    """Return ``module.qualified_name`` of a class or function."""
-    return f"{obj.__module__}.{obj.__qualname__}"
+    """Return ``module.qualified_name`` of a class or function, by which a program can import it.
+
+    What trains is often a script, and what predicts imports it.
+    """
+    return f"{module_of(obj)}.{obj.__qualname__}"
 
 
 def class_name(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -104,10 +105,10 @@ class CheckpointReader:
         Raises:
             CorruptCheckpointError: As `read_document`; or the manifest lists none of that name.
         """
-        for file in self.manifest.files:
-            if (file.entry, file.name) == (entry, name) and file.rank in (None, rank):
+        for owner in (rank, None):
+            if isinstance(name, str) and (file := self._stored.get((entry, name, owner))) is not None:
                 return self.read_document(file)
-        raise self._damaged(f"the file {name!r} of {entry!r}", "the manifest lists none")
+        raise self._damaged(f"the file {name!r:.80} of {entry!r}", "the manifest lists none")
 
     def read_document(self, file: FileRecord) -> bytes:
         """Return the bytes of a file that is no tensor file.
@@ -123,6 +124,11 @@ class CheckpointReader:
         if len(data) != file.nbytes or blocks.hex() != file.blocks or combined_digest(blocks) != file.digest:
             raise self._damaged(file.path, "its bytes do not match their digest")
         return data
+
+    @cached_property
+    def _stored(self) -> dict[tuple[str | None, str | None, int | None], FileRecord]:
+        # Looked up by each reference of a tree: going through all files each time could take hours.
+        return {(file.entry, file.name, file.rank): file for file in self.manifest.files if file.entry is not None}
 
     def _damaged(self, what: str, why: str) -> CorruptCheckpointError:
         return CorruptCheckpointError(

@@ -232,6 +232,9 @@ def _check_entry(handler: StateHandler, value: object, entry: CapturedEntry, nam
         )
     try:
         handler.check(value, entry.tree, names)
+    except UnsupportedStateError as error:
+        # It is about the live object: one without memory, say, or of which nobody knows what its state is.
+        raise StateMismatchError(error.what, why=error.why, next=error.next) from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise StateMismatchError(
             f"what the checkpoint holds is no state of a {kind}",

@@ -18,7 +18,7 @@ from ckptmgr.errors import UnsupportedStateError
 from ckptmgr.format.tree import EncodeLeaf, Path, decode_tree, encode_tree, format_path
 from ckptmgr.state.entry import CapturedEntry
 from ckptmgr.state.sharding import Shard, is_sharded, shard_of
-from ckptmgr.state.stored_file import StoredFile, check_stored_name
+from ckptmgr.state.stored_file import StoredFile, check_stored_key, check_stored_name
 from ckptmgr.state.tensors import (
     DTYPES,
     STORED_DTYPES,
@@ -71,6 +71,7 @@ class EntryEncoder:
     """
 
     def __init__(self, entry: CapturedEntry) -> None:
+        self._entry = entry.name
         self.tensors: list[StoredTensor] = []
         self.sharded: list[Any] = []
         self.files: dict[str, StoredFile] = {}
@@ -161,10 +162,16 @@ class EntryEncoder:
         return name
 
     def _file(self, file: StoredFile, path: Path) -> str:
-        check_stored_name(file.name, format_path(path))
+        where = format_path(path)
+        check_stored_name(file.name, where)
+        if type(file.content) is not bytes:
+            raise UnsupportedStateError(
+                f"{where} is a file whose content is a {type(file.content).__name__}", why="a file is bytes"
+            )
         key, number = file.name, 2
         while key in self.files:
             key, number = f"{number}-{file.name}", number + 1
+        check_stored_key(self._entry, key, where)
         self.files[key] = file
         return key
 

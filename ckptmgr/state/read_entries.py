@@ -7,7 +7,7 @@ anew, and of what each rank had for itself, a rank takes what the rank of its nu
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -62,7 +62,8 @@ def load_entries(
         tree = decode_entry(
             trees[name],
             _TensorLoader(reader, name, tensors[name], live),
-            partial(reader.read_stored, name, rank=owner),
+            # Each file once: a tree may refer to one as often as it likes.
+            cache(partial(reader.read_stored, name, rank=owner)),
         )
         loaded[name] = CapturedEntry(name, entry.handler, entry.handler_version, tree, entry.scope)
     return loaded

@@ -182,8 +182,8 @@ def _refuse_one_name_twice(files: Sequence[FilePayload]) -> None:
     for file in files:
         if file.name in seen:
             raise UnsupportedStateError(
-                f"{file.entry!r} has a file that would be stored as {file.name}, and there is another of that name",
-                next="give the entry, or its file, another name",
+                f"two files of a checkpoint would be stored as {file.name}",
+                next="give one of their entries, or the file of one, another name",
             )
         seen.add(file.name)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["class_sources", "source_digest", "text_digest"]
+__all__ = ["class_sources", "module_of", "source_digest", "text_digest"]
 
 _LIBRARIES = ("torch", "lightning", "pytorch_lightning", "torchvision", "transformers", "torchmetrics")
 
@@ -54,13 +54,15 @@ def class_sources(module: nn.Module) -> dict[str, str | None]:
     own = [
         kind for kind in kinds if kind.__module__.partition(".")[0] not in (*_LIBRARIES, "builtins", "abc", "typing")
     ]
-    found = {f"{_module_of(kind)}.{kind.__qualname__}": _known_digest(kind) for kind in own}
+    found = {f"{module_of(kind)}.{kind.__qualname__}": _known_digest(kind) for kind in own}
     return dict(sorted(found.items()))
 
 
-def _module_of(kind: type) -> str:
-    if kind.__module__ != "__main__":
-        return kind.__module__
+def module_of(obj: Any) -> str:
+    """Return the module of a class or function; of the script that runs, the name by which others import it."""
+    module = str(obj.__module__)
+    if module != "__main__":
+        return module
     main = sys.modules["__main__"]
     spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
     if spec is not None:

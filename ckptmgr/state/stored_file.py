@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass
 
 from ckptmgr.errors import UnsupportedStateError
+from ckptmgr.format.layout import MAX_SEGMENT, payload_stem
 
-__all__ = ["StoredFile", "check_stored_name"]
+__all__ = ["StoredFile", "check_stored_key", "check_stored_name"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 
@@ -42,3 +43,28 @@ def check_stored_name(name: str, where: str) -> str:
             next="give the file another name",
         )
     return name
+
+
+def check_stored_key(entry: str, key: str, where: str) -> None:
+    """Check that the file in a checkpoint, which is named after its entry and itself, gets a name that it can have.
+
+    Args:
+        entry: The name of the entry.
+        key: What the entry's tree calls the file.
+        where: Where it stands in the state, for the message.
+
+    Raises:
+        UnsupportedStateError: The name would be too long, or that of the entry's tensors.
+    """
+    if key == "safetensors":
+        raise UnsupportedStateError(
+            f"{where} is a file that would be stored as {entry}.safetensors",
+            why="that is where the tensors of the entry are",
+            next="give the file another name",
+        )
+    if len(f"{payload_stem(entry, 0)}-rank-00000.{key}") > MAX_SEGMENT:
+        raise UnsupportedStateError(
+            f"{where} is a file that would be stored as {entry}.{key}",
+            why=f"names in a checkpoint have up to {MAX_SEGMENT} characters, of which some are for the rank",
+            next="give the entry, or the file, a shorter name",
+        )

@@ -24,6 +24,7 @@ from xxhash import xxh3_64_hexdigest
 
 from ckptmgr import Checkpointer, training_run
 from ckptmgr.errors import CkptmgrError, Preempted, StorageError
+from ckptmgr.golden.samples import Golden
 from ckptmgr.storage.open import open_storage
 from ckptmgr.storage.protocol import Storage
 from ckptmgr.testing.faulty import FaultyStorage
@@ -73,12 +74,18 @@ class Rank:
         }
         if self.number == self.job.get("counts"):
             state["own"] = Counter()
+        golden = self.job.get("golden")
         fields = {
             "keep_last": 100,
             "ranks_timeout": self.job.get("timeout_s", 30),
-            "golden": self.job.get("golden"),
+            "golden": Golden(golden, predict=self._predict) if "cannot_predict" in self.job else golden,
         } | options
         return Checkpointer(self.job["run_dir"], state, **fields)
+
+    def _predict(self, model: nn.Module, inputs: torch.Tensor) -> Any:
+        if self.step == 2 and self.number == self.job.get("cannot_predict"):
+            raise RuntimeError("out of something")
+        return model(inputs)
 
     def train(self) -> None:
         """Make a step."""

@@ -204,3 +204,20 @@ def test_golden_samples_leave_no_trace_on_any_rank_and_prove_the_whole_model_on_
     norm = [nn.BatchNorm1d(16)] if has_buffers else []
     module = nn.Sequential(nn.Linear(8, 16), *norm, nn.Linear(16, 64), nn.Linear(64, 1))
     assert load_inference(f"{tmp_path / 'watched'}@2", model=module).ngolden == 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_run_the_golden_samples_costs_no_checkpoint(
+    launcher: Launcher, tmp_path: Path, rank: int
+) -> None:
+    run_dir = str(tmp_path / "run")
+    golden = [[[0.5] * 8]]
+    fields = {"run_dir": run_dir, "steps": 2, "golden": golden, "cannot_predict": rank}
+    saved = finished(launcher("trains", world_size=2, **fields))
+    assert [outcome.noted("error") for outcome in saved] == [[], []]
+    resumed = finished(launcher("resumes", world_size=2, run_dir="", run_dirs=[run_dir], golden=golden))
+    assert [outcome.noted("resumed") for outcome in resumed] == [[2], [2]]
+    assert [o.noted("weights")[0] for o in resumed] == [o.noted("saved")[-1] for o in saved]
+    module = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 64), nn.Linear(64, 1))
+    loaded = load_inference(f"{run_dir}@2", model=module, predict=lambda model, inputs: model(inputs))
+    assert loaded.ngolden == (None if rank == 0 else 1)

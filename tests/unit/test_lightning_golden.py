@@ -11,7 +11,7 @@ from saved_state import bits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ckptmgr import CheckpointManager
+from ckptmgr import CheckpointManager, load_inference
 from ckptmgr.errors import GoldenSampleError, StateMismatchError
 from ckptmgr.golden.compare import compare_golden
 from ckptmgr.golden.run import Chain
@@ -146,3 +146,105 @@ def test_a_selection_that_takes_the_preprocessor_restores_it(tmp_path: Path) -> 
     only = Selection.only("model", "preprocessor")
     fit(tmp_path / "two", preprocessor=vocabulary, resume=f"{tmp_path / 'one'}@4", selection=only)
     assert vocabulary == {"a": 0}
+
+
+class LogsInForward(Model):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.log("mean of x", x.mean(), on_step=True, on_epoch=True)
+        self.log_dict({"largest x": x.max()})
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("golden", [None, SAMPLES, [[[1e6] * 4]]])
+def test_what_a_forward_logs_for_golden_samples_is_no_metric(tmp_path: Path, golden: Any) -> None:
+    L.seed_everything(5, verbose=False)
+    data = DataLoader(TensorDataset(torch.full((16, 4), 2.0), torch.randn(16, 1)), batch_size=8)
+    trainer = quick_trainer(CheckpointManager(tmp_path, every_n_train_steps=1, background=False, golden=golden))
+    trainer.fit(LogsInForward(), data)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert metrics == {"mean of x": 2.0, "mean of x_step": 2.0, "mean of x_epoch": 2.0, "largest x": 2.0}
+    assert ("golden" in load_checkpoint(str(tmp_path)).entries) == (golden is not None)
+
+
+def quick_trainer(manager: CheckpointManager) -> L.Trainer:
+    return L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[manager],
+    )
+
+
+class KeepsMore(Model):
+    """Keeps a hyper-parameter that it does not take."""
+
+    def __init__(self, hidden: int = 8) -> None:
+        L.LightningModule.__init__(self)
+        self.save_hyperparameters({"hidden": hidden, "note": "x"})
+        self.net = nn.Sequential(nn.Linear(4, hidden), nn.Linear(hidden, 1))
+
+
+class TakesAll(L.LightningModule):
+    """Takes its hyper-parameters as one object."""
+
+    forward, training_step, configure_optimizers = Model.forward, Model.training_step, Model.configure_optimizers
+
+    def __init__(self, hparams: Any) -> None:
+        super().__init__()
+        self.save_hyperparameters(hparams)
+        self.net = nn.Sequential(nn.Linear(4, hparams.hidden), nn.Linear(hparams["hidden"], 1))
+
+
+class Late(Model):
+    """Makes its layers in the hook for it."""
+
+    def __init__(self) -> None:
+        L.LightningModule.__init__(self)
+        self.net: Any = None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = nn.Sequential(nn.Linear(4, 1))
+
+
+class Settings(dict[str, int]):
+    hidden = 5
+
+
+@pytest.mark.parametrize(
+    ("made", "kind"),
+    [(lambda: KeepsMore(5), KeepsMore), (lambda: TakesAll(Settings(hidden=5)), TakesAll), (Late, Late)],
+    ids=["more", "all", "late"],
+)
+def test_a_class_is_called_as_lightning_itself_would(tmp_path: Path, made: Any, kind: Any) -> None:
+    data = DataLoader(TensorDataset(torch.randn(16, 4), torch.randn(16, 1)), batch_size=8)
+    quick_trainer(CheckpointManager(tmp_path, background=False, golden=SAMPLES)).fit(made(), data)
+    assert load_inference(str(tmp_path), model=kind).ngolden == 2
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_training_in_another_precision_is_proved_in_it(tmp_path: Path, precision: Any) -> None:
+    data = DataLoader(TensorDataset(torch.randn(16, 4), torch.randn(16, 1)), batch_size=8)
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        precision=precision,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[CheckpointManager(tmp_path, background=False, golden=SAMPLES)],
+    )
+    trainer.fit(Model(), data)
+    loaded = load_inference(str(tmp_path), model=Model)
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float64
+    assert (loaded.ngolden, loaded.model.net[0].weight.dtype) == (2, dtype)
+
+
+def test_a_selection_of_the_preprocessor_alone_restores_it_alone(tmp_path: Path) -> None:
+    fit(tmp_path / "a", preprocessor={"a": 0, "b": 1})
+    vocabulary: dict[str, int] = {}
+    selection = Selection.only("preprocessor")
+    fit(tmp_path / "b", preprocessor=vocabulary, selection=selection, resume=str(tmp_path / "a"))
+    assert vocabulary == {"a": 0, "b": 1}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from saved_state import bits
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from ckptmgr import Checkpointer
@@ -333,3 +334,47 @@ def test_a_tuple_is_several_arguments_also_when_it_comes_back(tmp_path: Path) ->
 def test_a_double_precision_model_gets_double_precision_input() -> None:
     entry = capture_golden("golden", Golden(samples()), nn.Linear(4, 2).double(), None)
     assert entry.tree["samples"][0]["output"].dtype == torch.float64
+
+
+def scaler(*values: float) -> StandardScaler:
+    made = StandardScaler()
+    return made.fit([[value, 1.0] for value in values]) if values else made
+
+
+def with_scaler(run_dir: Path, preprocessor: Any, **arguments: Any) -> int:
+    state = {"model": nn.Linear(2, 1), "preprocessor": preprocessor}
+    with Checkpointer(run_dir, state, golden=[[1.0, 2.0]], background=False, **arguments) as ckpt:
+        step = ckpt.resume()
+        ckpt.step(step + 1)
+    return step
+
+
+def test_an_unfitted_preprocessor_is_filled_before_it_has_to_preprocess_golden_samples(tmp_path: Path) -> None:
+    with_scaler(tmp_path, scaler(1.0, 3.0))
+    unfitted = scaler()
+    assert with_scaler(tmp_path, unfitted) == 1
+    assert unfitted.mean_[0] == 2.0
+    assert "ckptmgr_golden" in load_checkpoint(f"{tmp_path}@2").entries
+
+
+def test_an_unfitted_preprocessor_that_nothing_fills_claims_nothing(tmp_path: Path) -> None:
+    with pytest.raises(GoldenSampleError, match="not fitted"):
+        with_scaler(tmp_path / "fresh", scaler())
+    assert not (tmp_path / "fresh").exists()
+    with Checkpointer(tmp_path / "without", {"model": nn.Linear(2, 1)}, background=False) as ckpt:
+        ckpt.resume()
+        ckpt.step(1)
+    before = sorted((tmp_path / "without").rglob("*"))
+    for resume in ("auto", "never"):
+        with pytest.raises(GoldenSampleError, match="not fitted"):
+            with_scaler(tmp_path / "without", scaler(), resume=resume)
+    assert sorted((tmp_path / "without").rglob("*")) == before
+
+
+def test_a_sample_that_the_filled_preprocessor_refuses_is_told_and_the_attempt_let_go(tmp_path: Path) -> None:
+    with_scaler(tmp_path, scaler(1.0, 3.0))
+    state = {"model": nn.Linear(2, 1), "preprocessor": scaler()}
+    ckpt = Checkpointer(tmp_path, state, golden=[[1.0, 2.0, 3.0]], background=False)
+    with pytest.raises(GoldenSampleError, match="3 features"):
+        ckpt.resume()
+    assert with_scaler(tmp_path, scaler()) == 1
