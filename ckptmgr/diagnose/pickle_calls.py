@@ -174,6 +174,11 @@ def _first(args: Sequence[Symbol]) -> Symbol:
     return args[0] if args and isinstance(args[0], (Tensor, Array)) else None
 
 
+def _compiled(args: Sequence[Symbol]) -> Symbol:
+    # It is made of the module that was compiled, and holds nothing else that is saved.
+    return args[0] if args and isinstance(args[0], Object) else None
+
+
 def _sparse(args: Sequence[Symbol]) -> Symbol:
     if len(args) < 2 or not isinstance(args[1], tuple):
         return None
@@ -267,6 +272,7 @@ _CALLS: Final[dict[str, Callable[[Any], Symbol]]] = {
     "torch._utils._rebuild_parameter_with_state": _first,
     "torch.nn.parameter.Parameter": _first,
     "torch.nn.parameter.Buffer": _first,
+    "torch._dynamo.eval_frame.OptimizedModule": _compiled,
     "torch._utils._rebuild_sparse_tensor": _sparse,
     "torch._utils._rebuild_sparse_csr_tensor": _sparse,
     "torch._utils._rebuild_meta_tensor_no_storage": _meta,

@@ -12,7 +12,7 @@ from ckptmgr.diagnose.pickle_facts import TORCH_MAGIC, PickleFacts
 from ckptmgr.diagnose.pickle_machine import describe_pickle
 from ckptmgr.diagnose.pickle_tree import recognise
 from ckptmgr.diagnose.pickle_values import Dict, Object
-from ckptmgr.diagnose.pickled import pickled_artifact, storages_of
+from ckptmgr.diagnose.pickled import pickled_artifact
 from ckptmgr.diagnose.plain_words import clean
 from ckptmgr.words import format_nbytes
 
@@ -99,7 +99,7 @@ def _legacy(source: ByteSource, place: str, magic: PickleFacts) -> Artifact:
     found = recognise(objects.root)
     if len(parts) > 3 and parts[3].is_complete:
         keys = parts[3].root if isinstance(parts[3].root, list) else []
-        storages = storages_of(found)
+        storages = objects.storages
         needed = position
         for key in keys:
             storage = storages.get(key) if isinstance(key, str) else None

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ckptmgr.diagnose.artifact import TensorFacts
+from ckptmgr.diagnose.pickle_modules import OF_EVERY_MODULE, attributes_of, is_module, parts_of_module
 from ckptmgr.diagnose.pickle_values import Array, Dict, Object, Set, Symbol, Tensor, as_mapping, in_words, type_words
 from ckptmgr.diagnose.plain_words import clean, listed, plural
 
-__all__ = ["Recognised", "attributes_of", "is_module", "parts_of_module", "recognise", "tensor_facts", "tensors_in"]
+__all__ = ["Recognised", "recognise", "tensor_facts", "tensors_in"]
 
 _MAX_DEPTH = 40
 _MAX_VISITS = 400_000
@@ -63,29 +64,6 @@ _TRAINING_KEYS: Final = frozenset(
         "config",
         "hparams",
         "arch",
-    ]
-)
-_OF_EVERY_MODULE: Final = frozenset(
-    [
-        "training",
-        "_backend",
-        "_backward_hooks",
-        "_backward_pre_hooks",
-        "_buffers",
-        "_compiled_call_impl",
-        "_forward_hooks",
-        "_forward_hooks_always_called",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks",
-        "_forward_pre_hooks_with_kwargs",
-        "_is_full_backward_hook",
-        "_load_state_dict_post_hooks",
-        "_load_state_dict_pre_hooks",
-        "_modules",
-        "_non_persistent_buffers_set",
-        "_parameters",
-        "_state_dict_hooks",
-        "_state_dict_pre_hooks",
     ]
 )
 
@@ -155,12 +133,6 @@ def _recognise(root: Symbol, left: _Budget) -> Recognised:
     return Recognised("pickle", f"a pickled {clean(in_words(root))}", **_of(root, left))
 
 
-def is_module(value: Symbol) -> bool:
-    """Say whether an object is a `torch.nn.Module`, by the attributes that it is given."""
-    state = attributes_of(value)
-    return state is not None and {"_parameters", "_modules"} <= set(state.keys())
-
-
 def tensors_in(value: Symbol) -> list[tuple[str, Tensor | Array]]:
     """List the tensors of a state dict, nested or not, or of a module, with their names joined by dots."""
     return _tensors(value, _Budget())
@@ -215,33 +187,6 @@ def _parts(value: Symbol, left: _Budget) -> list[tuple[str, Symbol]]:
     return list(mapping.items()) if mapping is not None and left.has(len(mapping)) else []
 
 
-def parts_of_module(
-    value: Symbol,
-) -> tuple[list[tuple[str, Symbol]], list[tuple[str, Symbol]], list[tuple[str, Symbol]]]:
-    """Return a module's own parameters, its buffers, and its children, by name, as its state dict would have them.
-
-    A parameter that is None is none, and a buffer that is not persistent is in no state dict.
-    """
-    attributes = attributes_of(value) or Dict()
-    groups = [as_mapping(attributes.get(name)) or Dict() for name in ("_parameters", "_buffers", "_modules")]
-    parameters, buffers, children = (
-        [(name, item) for name, item in group.items() if item is not None] for group in groups
-    )
-    transient = attributes.get("_non_persistent_buffers_set")
-    if isinstance(transient, Set):
-        left_out = {name for name in transient.members if type(name) is str}
-        buffers = [(name, item) for name, item in buffers if name not in left_out]
-    return parameters, buffers, children
-
-
-def attributes_of(value: Symbol) -> Dict | None:
-    """Return the attributes that an object is given, by name; None where there are none, or in a form of its own."""
-    if not isinstance(value, Object):
-        return None
-    state = value.state[0] if isinstance(value.state, tuple) and value.state else value.state
-    return state if isinstance(state, Dict) else None
-
-
 def _of(value: Symbol, left: _Budget) -> Mapping[str, Any]:
     """Return the contents of an object that is nothing in particular."""
     mapping = as_mapping(value) or attributes_of(value)
@@ -257,7 +202,7 @@ def _module_contents(module: Object, left: _Budget) -> dict[str, str]:
         if len(contents) >= MAX_CONTENTS:
             break
         contents[clean(name)] = clean(child.of if isinstance(child, Object) else in_words(child), 200)
-    own = Dict([(key, value) for key, value in attributes.items() if key not in _OF_EVERY_MODULE])
+    own = Dict([(key, value) for key, value in attributes.items() if key not in OF_EVERY_MODULE])
     return {**contents, **_contents(own, left)}
 
 

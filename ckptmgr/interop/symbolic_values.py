@@ -17,7 +17,7 @@ import torch
 from ckptmgr.diagnose.artifact import Artifact
 from ckptmgr.diagnose.byte_source import LocalFile
 from ckptmgr.diagnose.known_globals import EXAMINED
-from ckptmgr.diagnose.pickle_tree import attributes_of, is_module, parts_of_module
+from ckptmgr.diagnose.pickle_modules import attributes_of, is_module, parts_of_module
 from ckptmgr.diagnose.pickle_values import Dict, Object, Symbol, Tensor, as_mapping, type_words
 from ckptmgr.diagnose.pickled_storages import UnreadablePickleError, locate_storages
 from ckptmgr.diagnose.plain_words import clean, listed
@@ -34,11 +34,10 @@ _SHOWN: Final = 20
 _WRAPPERS: Final = {
     "torch.nn.parallel.data_parallel.DataParallel": "module",
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
-    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
 }
 
 
-class _Unread:
+class UnreadObject:
     """Stands for an object that only its class could make."""
 
     def __init__(self, words: str) -> None:
@@ -130,7 +129,7 @@ class _Values:
             return self._reader.tensor(symbol)
         if id(symbol) not in self._made:
             if depth >= _MAX_DEPTH:
-                return _Unread("object that is nested too deep")
+                return UnreadObject("object that is nested too deep")
             self._made[id(symbol)] = self._container(symbol, depth)
         return self._made[id(symbol)]
 
@@ -147,9 +146,9 @@ class _Values:
             return made
         if isinstance(symbol, tuple):
             # A tuple can hold itself only through something else, which then stands for it.
-            self._made[id(symbol)] = _Unread("tuple within itself")
+            self._made[id(symbol)] = UnreadObject("tuple within itself")
             return tuple(self._value(item, depth + 1) for item in symbol)
-        return _Unread(clean(type_words(symbol)))
+        return UnreadObject(clean(type_words(symbol)))
 
     def _dict(self, symbol: Symbol, mapping: Dict, depth: int) -> dict[Any, Any]:
         made: OrderedDict[Any, Any] = OrderedDict()
@@ -226,7 +225,7 @@ def _notes(artifact: Artifact, classes: list[str]) -> tuple[str, ...]:
         notes.append(
             f"not read, as they are objects of {listed([f'{use.name} ({use.found})' for use in code], _SHOWN)}"
         )
-    dangerous = [use.name for use in others if use.verdict == "dangerous"]
+    dangerous = [use.name for use in artifact.globals if use.verdict == "dangerous"]
     if dangerous:
         notes.append(f"unpickling it would run {listed(dangerous, _SHOWN)}: do not load it in another way")
     return tuple(notes)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx
 from interop_samples import Tied, same_tensors
 from torch import nn
 
@@ -185,6 +186,24 @@ def test_a_wrapper_known_by_its_type_is_taken_off(tmp_path: Path) -> None:
     torch.save(nn.DataParallel(model), tmp_path / "parallel.pt")
     _, found = imported(tmp_path / "parallel.pt", tmp_path)
     assert_same(found, model.state_dict())
+
+
+def test_a_compiled_module_gives_the_tensors_of_the_one_that_was_compiled(tmp_path: Path) -> None:
+    script(
+        tmp_path,
+        "import torch\nmodel = torch.nn.Linear(2, 2)\ntorch.save(model.state_dict(), 'state.pt')\n"
+        "torch.save(torch.compile(model), 'compiled.pt')\n",
+    )
+    _, found = imported(tmp_path / "compiled.pt", tmp_path)
+    assert_same(found, torch.load(tmp_path / "state.pt", weights_only=True))
+
+
+def test_a_traced_module_gives_its_tensors_and_its_code_is_not_run(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    torch.save(torch.fx.symbolic_trace(model), tmp_path / "traced.pt")
+    told, found = imported(tmp_path / "traced.pt", tmp_path)
+    assert_same(found, model.state_dict())
+    assert any("would run torch.fx.graph_module.reduce_graph_module" in note for note in told.notes)
 
 
 def test_a_pickled_object_of_any_class_gives_the_module_in_it(tmp_path: Path) -> None:
