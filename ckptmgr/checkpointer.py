@@ -65,7 +65,7 @@ class Checkpointer:
         triggers: Decides when to save, instead of the intervals above: a trigger, an interval as text, or a list.
         retention: Decides what to keep, instead of the numbers above: a policy, or a list of them.
         golden: A few raw inputs, or `Golden`, whose predictions are kept with each checkpoint: whoever loads it can
-            prove that preprocessing and model are what they were.
+            prove that preprocessing and model are what they were. A save after an exception has none.
         resume: ``auto`` goes on where the run stopped, if it ever saved; ``must`` wants a checkpoint; ``never`` starts
             from nothing; anything else names one of this run: ``best``, a step, a tag, an id. For another run's, see
             `restore`.

@@ -109,7 +109,8 @@ def load_inference(
     Args:
         reference: ``RUN_DIR``, ``RUN_DIR@best``, … of a run of `Checkpointer` or `CheckpointManager`.
         model: The module that the weights go into, or a class or function that makes it (a LightningModule's class is
-            given the hyper-parameters of the run). By default it is built as the run's configuration says.
+            given the hyper-parameters of the run). By default it is built as the run's configuration says. What is
+            built here gets the floating-point dtypes that it had in the run.
         preprocessor: One to be compared with the checkpoint's. By default that of the checkpoint is built.
         encode: As in `Golden`: how the preprocessor is used. By default as its kind is, or as the golden samples were
             made, if ``allow`` admits that function.
@@ -122,7 +123,8 @@ def load_inference(
         StateMismatchError: The weights do not fit the model, or the preprocessor given is not that of the checkpoint.
         GoldenMismatchError: A golden sample no longer gives what it gave. Names stage, place and values.
         NotAllowedError: The checkpoint names code that nobody has allowed. Nothing of it was imported.
-        UsageError: Nothing says how to build the model, or the preprocessor.
+        UsageError: Nothing says how to build the model, or the preprocessor, or which function made the golden samples.
+        FormatVersionError: A newer version stored preprocessor or golden samples.
         CheckpointNotFoundError, CorruptCheckpointError: There is nothing (whole) to load.
     """
     meant = parse_reference(os.fspath(reference))

@@ -77,6 +77,9 @@ class TrainerSelection:
         self._entries = _entries_of(loaded)
         model = self._of_model(module, preprocessor)
         self.preprocessor = model.entries.get(PREPROCESSOR)
+        if not preprocessor.state and selection.may_take(PREPROCESSOR):
+            # It is selected, and nothing takes it: that is refused where they are compared.
+            self.preprocessor = loaded.entries.get(PREPROCESSOR)
         restored = model.entries.get(MODEL) or _captured(module)
         self.loaded = replace(loaded, entries={**loaded.entries, MODEL: restored})
         self.starts_anew = "progress" not in model.words
@@ -89,13 +92,15 @@ class TrainerSelection:
         Raises:
             UsageError, StateMismatchError: It does not fit them.
         """
+        rest = self._without(PREPROCESSOR)
         return select_state(
             {MODEL: module, **drivers},
             self._entries,
-            self._without(PREPROCESSOR),
+            rest,
             words=_WORDS,
             absent=[word for word, entry in _WORDS.items() if entry not in self._original.entries],
-            unread=[PREPROCESSOR],
+            # Selected alone, it is all that the patterns are about.
+            unread=[PREPROCESSOR] if list(rest.include) == [PREPROCESSOR] else (),
             also=_also([*self._entries, *drivers]),
         )
 

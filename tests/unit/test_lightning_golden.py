@@ -248,3 +248,10 @@ def test_a_selection_of_the_preprocessor_alone_restores_it_alone(tmp_path: Path)
     selection = Selection.only("preprocessor")
     fit(tmp_path / "b", preprocessor=vocabulary, selection=selection, resume=str(tmp_path / "a"))
     assert vocabulary == {"a": 0, "b": 1}
+
+
+@pytest.mark.parametrize("selection", [Selection.without("optimizer"), Selection.only("model", "preprocessor")])
+def test_a_preprocessor_that_is_selected_and_that_nothing_takes_is_refused(tmp_path: Path, selection: Any) -> None:
+    fit(tmp_path / "a", preprocessor={"a": 0})
+    with pytest.raises(StateMismatchError, match="the manager was given none"):
+        fit(tmp_path / "b", selection=selection, resume=str(tmp_path / "a"))
