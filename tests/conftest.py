@@ -1,6 +1,8 @@
 """Long campaigns run only when they are asked for: ``pytest -m campaign``. What is left out is said at the end."""
 
+import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +13,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 LEFT_OUT = pytest.StashKey[int]()
 # Few tests that take long: begun last, they would be waited for by one process while the other has nothing to do.
 LONG = ("test_life_of_a_run", "test_examples", "test_configs", "crash", "resume", "topology")
+
+
+@pytest.fixture(autouse=True)
+def _a_command_that_ran_in_this_process_leaves_no_logging_behind() -> Iterator[None]:
+    logger = logging.getLogger("ckptmgr")
+    level, handlers = logger.level, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -203,6 +203,7 @@ def test_show_of_a_checkpoint_tells_what_is_in_it(run_dir: Path, capsys: Output,
             "ntensors": 2,
             "nbytes": 64,
             "dtypes": ["F32"],
+            "fingerprint": None,
         }
     ]
     assert [Path(file["path"]).name for file in document["files"]] == ["model.safetensors", "state.json"]

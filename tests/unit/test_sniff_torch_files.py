@@ -286,7 +286,8 @@ def test_a_class_that_was_renamed_since_is_named_with_what_is_there_now(tmp_path
     (package / "nets.py").write_text(source)
     assert found() == ["my_project/models.py has no class Net any more, but my_project/nets.py has one"] * 2
     models.unlink()
-    assert found() == ["my_project.models is not importable here: my_project/__init__.py has no models"] * 2
+    moved = "my_project/__init__.py has no models, but my_project/nets.py has a Net"
+    assert found() == [f"my_project.models is not importable here: {moved}"] * 2
     artifact = look(files[1])
     assert artifact.kind == "pickled-module"
     assert artifact.problems == ("my_project.models.Net: my_project is not importable here",)
