@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 from ckptmgr.diagnose.artifact import Artifact, TensorFacts
 from ckptmgr.diagnose.plain_words import clean, plural
 from ckptmgr.errors import CkptmgrError
+from ckptmgr.format.encoding import DTYPE_WORDS
 from ckptmgr.format.layout import CHECKPOINTS, RUN_MARKER, CheckpointId
 from ckptmgr.format.manifest import Manifest
 from ckptmgr.run.catalog import Catalog
@@ -19,25 +20,6 @@ from ckptmgr.storage.open import open_storage
 from ckptmgr.words import printable_place
 
 __all__ = ["checkpoint_folder", "reference_of", "run_checkpoint", "run_directory"]
-
-_DTYPES: Final = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3": "float8_e4m3fn",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "C64": "complex64",
-    "F64": "float64",
-    "I64": "int64",
-    "U64": "uint64",
-}
 
 
 def reference_of(place: str) -> tuple[str, str] | None:
@@ -159,7 +141,7 @@ def _tensors(manifest: Manifest) -> tuple[TensorFacts, ...]:
     for tensor in manifest.tensors:
         if tensor.entry in modules:
             name = clean(tensor.name if len(modules) == 1 else f"{tensor.entry}.{tensor.name}", 300)
-            dtype = tensor.logical_dtype or _DTYPES.get(tensor.dtype, tensor.dtype)
+            dtype = tensor.logical_dtype or DTYPE_WORDS.get(tensor.dtype, tensor.dtype)
             shape = tensor.global_shape or tensor.logical_shape or tensor.shape
             facts.setdefault(name, TensorFacts(name, dtype.removeprefix("torch."), tuple(shape)))
             for alias in tensor.aliases:

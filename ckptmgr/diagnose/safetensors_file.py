@@ -10,36 +10,20 @@ from ckptmgr.diagnose.artifact import Artifact, TensorFacts
 from ckptmgr.diagnose.byte_source import ByteSource
 from ckptmgr.diagnose.plain_words import clean, listed, plural
 from ckptmgr.errors import CorruptCheckpointError
-from ckptmgr.format.encoding import numel
+from ckptmgr.format.encoding import DTYPE_WORDS, numel
 from ckptmgr.format.safetensors_header import MAX_HEADER_NBYTES, SAFETENSORS_NBITS, Claim, parse_header
 from ckptmgr.words import format_nbytes
 
 __all__ = ["looks_like_safetensors", "read_safetensors", "safetensors_file"]
 
 MAX_READ_NBYTES = 32 << 20
-_DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3": "float8_e4m3fn",
+_DTYPES = DTYPE_WORDS | {
     "F8_E8M0": "float8_e8m0fnu",
     "F8_E4M3FNUZ": "float8_e4m3fnuz",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F4": "float4_e2m1fn_x2",
     "F6_E2M3": "float6_e2m3",
     "F6_E3M2": "float6_e3m2",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "C64": "complex64",
-    "F64": "float64",
-    "I64": "int64",
-    "U64": "uint64",
 }
 _MAX_PROBLEMS = 20
 

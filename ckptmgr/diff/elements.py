@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from ckptmgr.format.encoding import DTYPE_WORDS
+
 __all__ = ["Array", "Kind", "dtype_word", "item_nbytes", "kind_of", "numbers_from"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -18,26 +20,10 @@ Array: TypeAlias = np.ndarray[Any, Any]
 Kind: TypeAlias = Literal["real", "complex", "integer", "bits"]
 """``bits``: no number is known for them, so they are compared bit by bit alone."""
 
-_WORDS = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3": "float8_e4m3fn",
+_WORDS = DTYPE_WORDS | {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E4M3FNUZ": "float8_e4m3fnuz",
     "F8_E8M0": "float8_e8m0fnu",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "C64": "complex64",
-    "F64": "float64",
-    "I64": "int64",
-    "U64": "uint64",
 }
 _PLAIN = {
     "uint8": "<u1",

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-__all__ = ["ALIGNMENT", "ITEM_NBITS", "numel", "payload_nbytes", "safetensors_header"]
+__all__ = ["ALIGNMENT", "DTYPE_WORDS", "ITEM_NBITS", "numel", "payload_nbytes", "safetensors_header"]
 
 ALIGNMENT = 4096
 
@@ -37,6 +37,26 @@ ITEM_NBITS = {
     "U64": 64,
 }
 """Bits per element of every dtype name that format version 1 stores."""
+
+DTYPE_WORDS = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "C64": "complex64",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+}
+"""What torch calls them."""
 
 
 class _Described(Protocol):
